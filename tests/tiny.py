@@ -1,16 +1,18 @@
-"""Small stand-ins for the real things: a tokenizer made like Qwen's, so that no test needs a download."""
+"""Small stand-ins for the real things, so that no test needs a download: a tokenizer like Qwen's, random models."""
 
+import json
 from pathlib import Path
+from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+import jax
+import jax.numpy as jnp
 from transformers import PreTrainedTokenizerFast
 
-SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-CHAT_TEMPLATE = (
-    "{%- if messages[0].role != 'system' %}<|im_start|>system\n" + SYSTEM + "<|im_end|>\n{% endif %}"
-    "{%- for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+from s1jax.demo.tokenizer import build_tokenizer
+from s1jax.model.config import QwenConfig
+from s1jax.model.hf import export_model
+from s1jax.model.qwen import Params, Qwen
+
 CORPUS = [
     "think answer assistant user system Wait, Final Answer: the sum of 3 and 4 is 7. So 12 * 5 = 60.\n",
     "You are a helpful assistant. How many apples does she have? Let me check this again step by step.\n\n",
@@ -18,29 +20,43 @@ CORPUS = [
 
 
 def tokenizer(directory: Path) -> PreTrainedTokenizerFast:
-    """Save a byte-level BPE tokenizer with Qwen's special tokens and chat format in `directory`; return it.
+    """Save a tokenizer of 368 ids with Qwen's special tokens and chat format in `directory`; return it."""
+    return build_tokenizer(directory, CORPUS * 4, vocab_size=420)
 
-    As in Qwen2.5, `<|im_start|>` is one id and "think" another, and `<|fim_pad|>` is not special.
-    """
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=420, initial_alphabet=alphabet, special_tokens=[], show_progress=False
-    )
-    bpe.train_from_iterator(CORPUS * 4, trainer)
-    bpe.add_special_tokens(
-        [
-            AddedToken(t, special=True, normalized=False)
-            for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-        ]
-    )
-    bpe.add_tokens(
-        [AddedToken(t, special=False, normalized=False) for t in ("<|fim_pad|>", "<think>", "</think>")]
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
-    )
-    fast.save_pretrained(directory)
-    return fast
+
+QWEN2 = {
+    "model_type": "qwen2",
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 364,
+}
+"""A config.json: vocabulary padded beyond the tokenizer's 368 ids, as Qwen's is."""
+QWEN3 = {**QWEN2, "model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": False}
+
+
+def model_directory(directory: Path, config: dict[str, Any] = QWEN2, seed: int = 0) -> Path:
+    """Save a random model of this config.json in float32, with the tokenizer, and return its directory."""
+    model = Qwen(QwenConfig.from_hf(config), dtype=jnp.float32)
+    export_model(directory, model, random_params(model, seed))
+    tokenizer(directory)
+    written = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**written, **config}))
+    return directory
+
+
+def random_params(model: Qwen, seed: int = 0) -> Params:
+    """Random parameters with no zeros or ones in biases and norms, and large enough for peaked distributions."""
+    keys = iter(jax.random.split(jax.random.key(seed), 100))
+
+    def draw(leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> jax.Array:
+        noise = jax.random.normal(next(keys), leaf.shape, leaf.dtype)
+        return 1 + 0.2 * noise if axes[-1] == "norm" else 0.15 * noise
+
+    return jax.tree.map(draw, model.abstract_params(), model.axes())

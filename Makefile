@@ -1,0 +1,33 @@
+# Everything from a bare clone: `make test`, `make demo`. PYTHON picks the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+LOCK = requirements/py$(VERSION).txt
+
+.PHONY: install lint typecheck test demo lock
+
+install: $(VENV)/installed
+
+# The locked versions are constraints: pip installs what pyproject.toml asks for, at exactly these versions.
+$(VENV)/installed: pyproject.toml $(LOCK)
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --constraint $(LOCK) --editable '.[dev]'
+	touch $@
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+typecheck: install
+	$(VENV)/bin/mypy
+
+test: install
+	$(RUN) -m pytest -n 2 --dist loadscope
+
+demo: install
+	$(RUN) -m s1jax.demo demo-output
+
+# Write the lock for this interpreter from what is installed in $(VENV).
+lock:
+	$(RUN) -m pip freeze --exclude-editable | sed 's/+cpu$$//' > $(LOCK)

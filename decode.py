@@ -1,0 +1,31 @@
+"""Run a model: python decode.py MODE [CONFIG.yaml] section.key=value ..."""
+
+import sys
+
+from s1jax.config import ScoreConfig, command_line
+
+MODES = {"score": ScoreConfig}
+
+
+def main(words: list[str]) -> int:
+    """Parse the command line, run the mode, and return the exit status."""
+    if not words or words[0] not in MODES:
+        print(f"{__doc__}\n\nmodes:")
+        for mode, root in MODES.items():
+            print(f"  {mode:<12}{str(root.__doc__).partition(': ')[2]}")
+        print("\npython decode.py MODE --help lists the keys of a mode.")
+        return 0 if words in (["--help"], ["-h"]) else 2
+    mode, *rest = words
+    config = command_line(MODES[mode], rest, f"python decode.py {mode} [CONFIG.yaml] section.key=value ...")
+    from s1jax.decoding.score import score  # Slow to import: --help and mistakes in the keys answer at once.
+
+    try:
+        score(config)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,129 @@
+"""Scoring: the log-probability that the model gives to each token of given texts."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from s1jax.config import ScoreConfig
+from s1jax.jsonl import InputError, read_jsonl, resume_jsonl, write_lines
+from s1jax.mesh import MESH_AXES, constrain
+from s1jax.model.load import LoadedModel, load_model
+from s1jax.model.qwen import Params, Qwen
+from s1jax.model.token_logprobs import token_logprobs
+
+_BATCHES_PER_WINDOW = 16
+"""Rows are sorted by length within a window of this many batches; a window is written when it is whole."""
+_SHORTEST_BUCKET = 64
+
+
+@dataclass(frozen=True)
+class _Row:
+    id: Any
+    input_ids: list[int]
+
+
+def score(config: ScoreConfig) -> None:
+    """Score every row of `config.input` and write `config.output`, in the same order.
+
+    Raises InputError listing the rows that cannot be scored, before anything is computed.
+    """
+    loaded = load_model(config.model, config.mesh)
+    tokenizer = AutoTokenizer.from_pretrained(loaded.directory)
+    limit = config.max_length or loaded.model.config.max_position_embeddings
+    rows = _read_rows(Path(config.input), tokenizer, loaded.model.config.vocab_size, limit)
+    output = Path(config.output)
+    done = resume_jsonl(output)
+    if [row["id"] for row in done] != [row.id for row in rows[: len(done)]]:
+        raise InputError(output, [f"its ids are not those of {config.input}: another run wrote it; move it away"])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    window = config.batch_size * _BATCHES_PER_WINDOW
+    with output.open("a", encoding="utf-8") as file, tqdm(total=len(rows), initial=len(done), disable=None) as bar:
+        for start in range(len(done), len(rows), window):
+            results = score_rows(loaded, [row.input_ids for row in rows[start : start + window]], config.batch_size)
+            write_lines(
+                file,
+                ({"id": row.id, **result} for row, result in zip(rows[start : start + window], results, strict=True)),
+            )
+            bar.update(len(results))
+
+
+def score_rows(loaded: LoadedModel, rows: Sequence[list[int]], batch_size: int) -> list[dict[str, Any]]:
+    """Score token ids; each result has `input_ids`, `logprobs`, `greedy` (both None for the first) and `nll`.
+
+    Rows of similar length are computed together, `batch_size` at a time; results are in the order of `rows`.
+    """
+    shards = loaded.mesh.shape[MESH_AXES[0]] * loaded.mesh.shape[MESH_AXES[1]]
+    batch_size += -batch_size % shards
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    results: list[dict[str, Any]] = [{} for _ in rows]
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        input_ids = np.zeros((batch_size, _bucket(len(rows[chosen[-1]]))), np.int32)
+        for line, i in enumerate(chosen):
+            input_ids[line, : len(rows[i])] = rows[i]
+        with jax.set_mesh(loaded.mesh):
+            logprobs, greedy = jax.device_get(_score_batch(loaded.model, loaded.params, input_ids))
+        for line, i in enumerate(chosen):
+            scored = slice(0, len(rows[i]) - 1)
+            results[i] = {
+                "input_ids": list(rows[i]),
+                "logprobs": [None, *map(float, logprobs[line, scored])],
+                "greedy": [None, *map(bool, greedy[line, scored])],
+                "nll": float(-np.sum(logprobs[line, scored], dtype=np.float64)),
+            }
+    return results
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score_batch(
+    model: Qwen, params: Params, input_ids: Int[Array, "batch length"]
+) -> tuple[Float[Array, "batch length"], Array]:
+    """Log-probability of the next token at each position, and whether it is the arg-max there.
+
+    Padding stands behind the text, where causal attention keeps it from mattering.
+    """
+    input_ids = constrain(input_ids, "batch", "length")
+    positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
+    hidden, _ = model.hidden_states(params, input_ids, positions)
+    targets = jnp.roll(input_ids, -1, axis=1)
+    logprobs, best = token_logprobs(model, params, hidden, targets)
+    return logprobs, best == targets
+
+
+def _bucket(length: int) -> int:
+    """The next power of two, or the one halfway to it: few shapes to compile, at most a third of padding."""
+    size = _SHORTEST_BUCKET
+    while size < length:
+        size *= 2
+    return size * 3 // 4 if size > _SHORTEST_BUCKET and length <= size * 3 // 4 else size
+
+
+def _read_rows(path: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int, limit: int) -> list[_Row]:
+    problems: list[str] = []
+    rows = []
+    for index, (line, row) in enumerate(read_jsonl(path, problems).items()):
+        input_ids = row.get("input_ids")
+        if isinstance(row.get("text"), str) and input_ids is None:
+            input_ids = tokenizer(row["text"]).input_ids
+        if not isinstance(input_ids, list) or any(type(i) is not int for i in input_ids):
+            problems.append(f"line {line}: expected text (a string) or input_ids (a list of integers)")
+        elif not input_ids:
+            problems.append(f"line {line}: empty")
+        elif not all(0 <= i < vocab_size for i in input_ids):
+            problems.append(f"line {line}: ids run from {min(input_ids)} to {max(input_ids)}, vocabulary {vocab_size}")
+        elif len(input_ids) > limit:
+            problems.append(f"line {line}: {len(input_ids)} tokens, at most {limit} fit")
+        else:
+            rows.append(_Row(row.get("id", index), input_ids))
+    if problems:
+        raise InputError(path, problems)
+    return rows

@@ -1,0 +1,103 @@
+"""The device mesh and the one table that maps logical axes of arrays to its axes.
+
+Parameters and activations name what their dimensions *are* (heads, mlp, batch, ...); only this file knows where
+those dimensions live. Code runs under `jax.set_mesh(mesh)`; without a mesh nothing is constrained.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+Axes = tuple[str | None, ...]
+"""One logical axis name per dimension of an array; None for a dimension that is never sharded."""
+
+LOGICAL_AXES: dict[str, tuple[str, ...]] = {
+    # Activations.
+    "batch": ("data", "fsdp"),
+    "length": (),
+    # Between blocks the residual stream is split along the sequence over the tensor axis, so that what remat
+    # keeps is not held once per tensor shard (84 -> 64 GiB for 32B at 32k on 8x2).
+    "residual_length": ("tensor",),
+    # Parameters. The embedding dimension is gathered when used (FSDP); the others are computed where they lie.
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "layers": (),
+    "norm": (),
+}
+
+
+class MeshError(ValueError):
+    """A mesh that does not fit the devices, or an array that does not fit the mesh."""
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arrange devices as data x fsdp x tensor; at most one size may be -1, "whatever is left".
+
+    Raises MeshError if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    shape = "x".join(map(str, sizes.values()))
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise MeshError(f"mesh {shape} (data x fsdp x tensor): sizes are positive, at most one is -1")
+    if free:
+        sizes[free[0]] = len(devices) // int(np.prod([s for s in sizes.values() if s != -1]))
+    if int(np.prod(list(sizes.values()))) != len(devices):
+        raise MeshError(
+            f"mesh {shape} (data x fsdp x tensor) does not match the {len(devices)} devices: "
+            "set mesh.data, mesh.fsdp and mesh.tensor so that they multiply to that number"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+    )
+
+
+def partition_spec(axes: Axes, shape: Sequence[int], mesh_shape: dict[str, int]) -> PartitionSpec:
+    """Where an array's dimensions lie on a mesh of these sizes.
+
+    Key/value heads fewer than the tensor axis are replicated, never split by head_dim.
+
+    Raises MeshError if two dimensions want the same mesh axis or a dimension is not divisible by its shards.
+    """
+    entries: list[tuple[str, ...] | None] = []
+    user: dict[str, str] = {}
+    for name, size in zip(axes, shape, strict=True):
+        mesh_axes = tuple(a for a in LOGICAL_AXES[name] if mesh_shape[a] > 1) if name else ()
+        shards = int(np.prod([mesh_shape[a] for a in mesh_axes], dtype=int))
+        if name == "kv_heads" and shards % size == 0 and shards > size:
+            mesh_axes, shards = (), 1
+        for axis in mesh_axes:
+            if axis in user:
+                raise MeshError(f"{axes}: '{user[axis]}' and '{name}' are both on the mesh axis '{axis}'")
+            user[axis] = str(name)
+        if size % shards:
+            raise MeshError(f"'{name}' has size {size}, which {' x '.join(mesh_axes)} = {shards} does not divide")
+        entries.append(mesh_axes or None)
+    return PartitionSpec(*entries)
+
+
+def named_sharding(mesh: Mesh, axes: Axes, shape: Sequence[int]) -> NamedSharding:
+    """`partition_spec` on a concrete mesh."""
+    return NamedSharding(mesh, partition_spec(axes, shape, dict(mesh.shape)))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin an activation to the mesh in use; dimensions that do not divide (one decoded token) stay whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    entries: list[tuple[str, ...] | None] = []
+    for name, size in zip(axes, x.shape, strict=True):
+        mesh_axes = LOGICAL_AXES[name] if name else ()
+        shards = int(np.prod([mesh.shape[a] for a in mesh_axes], dtype=int))
+        entries.append(mesh_axes if mesh_axes and size % shards == 0 else None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))

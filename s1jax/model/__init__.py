@@ -1,0 +1,1 @@
+"""The Qwen decoder: architecture, attention, weights in and out."""

@@ -1,0 +1,201 @@
+"""Causal grouped-query attention: one function, and the implementations it chooses from.
+
+Every implementation honours segment ids; none lets two packed examples see each other.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from s1jax.mesh import LOGICAL_AXES
+
+Implementation = Literal["auto", "plain", "chunked", "cudnn", "triton", "splash"]
+Heads = Float[Array, "batch length heads head_dim"]
+KeyValueHeads = Float[Array, "batch key_length kv_heads head_dim"]
+
+_SCORES_PER_CHUNK = 2**26
+"""Attention scores that the chunked implementation holds at once: 256 MiB in float32."""
+_SHORT = 1024
+"""Up to this many keys a plain softmax is as good as any."""
+
+
+def attention(
+    query: Heads,
+    key: KeyValueHeads,
+    value: KeyValueHeads,
+    *,
+    query_index: Int[Array, "batch length"] | None = None,
+    segment_ids: Int[Array, "batch length"] | None = None,
+    implementation: Implementation = "auto",
+) -> Heads:
+    """Softmax attention over the keys at or before each query, scaled by 1/sqrt(head_dim); softmax in float32.
+
+    Without `query_index`, queries and keys are the same tokens, and `segment_ids` (0 = padding) confines each query
+    to the keys of its own segment. With it, the keys are a cache and query i sees the slots 0..query_index[i].
+
+    `implementation`: "plain" holds all scores at once; "chunked" a bounded number, on any platform; "cudnn" (no
+    segment ids, half precision) and "triton" are for GPU, "splash" for TPU; "auto" takes the best that applies.
+    Raises ValueError where an implementation named outright does not apply.
+    """
+    if query_index is not None and segment_ids is not None:
+        raise ValueError("attention: segment_ids are for tokens attending to themselves, not to a cache")
+    key, value = _repeat_for_tensor_axis(key), _repeat_for_tensor_axis(value)
+    name = _choose(query, key, query_index, segment_ids) if implementation == "auto" else implementation
+    if name in _FLASH:
+        if query_index is not None:
+            raise ValueError(f"attention: {name} is for tokens attending to themselves, not to a cache")
+        return _sharded(_FLASH[name], query, key, value, segment_ids)
+    if query_index is None:
+        query_index = jnp.broadcast_to(jnp.arange(query.shape[1]), query.shape[:2])
+    chunk = _chunk_length(query, key) if name == "chunked" else query.shape[1]
+    return _in_chunks(query, key, value, query_index, segment_ids, chunk)
+
+
+def _choose(
+    query: Heads, key: KeyValueHeads, query_index: Array | None, segment_ids: Array | None
+) -> Literal["plain", "chunked", "cudnn", "triton", "splash"]:
+    length, key_length = query.shape[1], key.shape[1]
+    if query_index is None and length % 128 == 0:
+        platform = _platform()
+        if platform == "tpu":
+            return "splash"
+        if platform in ("gpu", "cuda") and query.dtype != jnp.float32:
+            return "cudnn" if segment_ids is None else "triton"
+    return "plain" if key_length <= _SHORT or length == 1 else "chunked"
+
+
+def _platform() -> str:
+    """The platform compiled for: that of the mesh in use, which need not be that of this machine."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return device.platform if device is not None and device.platform else jax.default_backend()
+
+
+def _repeat_for_tensor_axis(x: KeyValueHeads) -> Float[Array, "batch key_length repeated_heads head_dim"]:
+    """Repeat key/value heads until each tensor shard has one, where there are fewer of them than shards."""
+    shards = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    return jnp.repeat(x, shards // x.shape[2], axis=2) if shards > x.shape[2] else x
+
+
+def _chunk_length(query: Heads, key: KeyValueHeads) -> int:
+    batch, length, heads, _ = query.shape
+    chunk = max(16, _SCORES_PER_CHUNK // (batch * heads * key.shape[1]))
+    return min(length, 1 << (chunk.bit_length() - 1))
+
+
+def _in_chunks(
+    query: Heads,
+    key: KeyValueHeads,
+    value: KeyValueHeads,
+    query_index: Int[Array, "batch length"],
+    segment_ids: Int[Array, "batch length"] | None,
+    chunk: int,
+) -> Heads:
+    """Attend `chunk` queries at a time; the backward pass computes each chunk's scores again."""
+    key_index = jnp.arange(key.shape[1])
+
+    def attend(chunk_of: tuple[Array, Array, Array | None]) -> Heads:
+        chunk_query, chunk_index, chunk_segments = chunk_of
+        mask = key_index <= chunk_index[..., None]
+        if chunk_segments is not None:
+            mask &= chunk_segments[..., None] == segment_ids[:, None, :]  # type: ignore[index]
+        return _softmax_attention(chunk_query, key, value, mask)
+
+    batch, length = query.shape[:2]
+    if chunk >= length:
+        return attend((query, query_index, segment_ids))
+    padding = -length % chunk
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
+
+    chunks = (split(query), split(query_index), None if segment_ids is None else split(segment_ids))
+    out = jax.lax.map(jax.checkpoint(attend), chunks)
+    return jnp.moveaxis(out, 0, 1).reshape(batch, length + padding, *query.shape[2:])[:, :length]
+
+
+def _softmax_attention(
+    query: Heads, key: KeyValueHeads, value: KeyValueHeads, mask: Bool[Array, "batch length key_length"]
+) -> Heads:
+    batch, length, heads, head_dim = query.shape
+    grouped = query.reshape(batch, length, key.shape[2], -1, head_dim)
+    scores = jnp.einsum("blkgd,bskd->bkgls", grouped, key, preferred_element_type=jnp.float32)
+    # A finite mask value, so that a row with no key to see (chunk padding) is not a NaN in the backward pass.
+    scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgls,bskd->blkgd", weights, value).reshape(batch, length, heads, head_dim)
+
+
+def _sharded(
+    kernel: Callable[..., Heads],
+    query: Heads,
+    key: KeyValueHeads,
+    value: KeyValueHeads,
+    segment_ids: Int[Array, "batch length"] | None,
+) -> Heads:
+    """Run a kernel that the partitioner cannot see into on each shard's own rows and heads."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return kernel(query, key, value, segment_ids)
+    batch, heads = LOGICAL_AXES["batch"], LOGICAL_AXES["heads"]
+    qkv, rows = PartitionSpec(batch, None, heads, None), PartitionSpec(batch, None)
+    if segment_ids is None:
+        local = jax.shard_map(
+            lambda q, k, v: kernel(q, k, v, None), in_specs=(qkv,) * 3, out_specs=qkv, check_vma=False
+        )
+        return local(query, key, value)
+    return jax.shard_map(kernel, in_specs=(qkv, qkv, qkv, rows), out_specs=qkv, check_vma=False)(
+        query, key, value, segment_ids
+    )
+
+
+def _cudnn(query: Heads, key: KeyValueHeads, value: KeyValueHeads, segment_ids: Array | None) -> Heads:
+    if segment_ids is not None:
+        raise ValueError("attention: cudnn has no segment ids; use triton for packed rows")
+    return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+
+
+def _triton(query: Heads, key: KeyValueHeads, value: KeyValueHeads, segment_ids: Array | None) -> Heads:
+    from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
+
+    groups = query.shape[2] // key.shape[2]
+    key, value = jnp.repeat(key, groups, axis=2), jnp.repeat(value, groups, axis=2)
+    # The library's default backward blocks of 32 starve the tensor cores; 64 still fits an H100's shared memory.
+    blocks = BlockSizes(128, 64, block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64)
+    scale = query.shape[-1] ** -0.5
+    return mha(query, key, value, segment_ids, sm_scale=scale, causal=True, block_sizes=blocks)
+
+
+def _splash(query: Heads, key: KeyValueHeads, value: KeyValueHeads, segment_ids: Array | None) -> Heads:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    length, heads, head_dim = query.shape[1:]
+    block = next(size for size in (512, 256, 128) if length % size == 0)
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            use_fused_bwd_kernel=True,
+        ),
+    )
+
+    def row(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
+        ids = None if segments is None else splash.SegmentIds(segments, segments)
+        return kernel(q, k, v, segment_ids=ids)
+
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (query * head_dim**-0.5, key, value))
+    axes = (0, 0, 0, None if segment_ids is None else 0)
+    return jnp.swapaxes(jax.vmap(partial(row), in_axes=axes)(q, k, v, segment_ids), 1, 2)
+
+
+_FLASH: dict[str, Callable[..., Heads]] = {"cudnn": _cudnn, "triton": _triton, "splash": _splash}

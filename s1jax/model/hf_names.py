@@ -1,0 +1,99 @@
+"""How each parameter is called and laid out in a Hugging Face checkpoint: the one table for reading and writing.
+
+A Hugging Face tensor, its merged dimensions split, is one of our arrays with the dimensions in another order: a
+projection that they store as (heads * head_dim, hidden) is (hidden, heads, head_dim) here.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from s1jax.model.config import QwenConfig
+
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """One parameter (of every layer, if `name` has a placeholder) and its Hugging Face tensor.
+
+    `groups` are our dimensions in the order in which the tensor stores them, those that it merges in one group.
+    """
+
+    path: tuple[str, ...]
+    name: str
+    groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether each layer has such a tensor, and ours is the stack of them."""
+        return "{}" in self.name
+
+    def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the stored tensor, given the shape of one layer's parameter."""
+        return tuple(int(np.prod([shape[d] for d in group])) for group in self.groups)
+
+    def hf_index(self, index: Index, shape: tuple[int, ...]) -> Index:
+        """The part of the stored tensor that holds `index` of one layer's parameter.
+
+        Only the first dimension of a merged group may be cut: no mesh splits head_dim.
+        """
+        cuts = []
+        for group in self.groups:
+            first, *rest = group
+            width = int(np.prod([shape[d] for d in rest], dtype=int))
+            start, stop, _ = index[first].indices(shape[first])
+            cuts.append(slice(start * width, stop * width))
+        return tuple(cuts)
+
+    def from_hf(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """A stored tensor (or part) as our array of this shape; a view where possible."""
+        order = [dimension for group in self.groups for dimension in group]
+        return tensor.reshape([shape[d] for d in order]).transpose(np.argsort(order))
+
+    def to_hf(self, array: np.ndarray) -> np.ndarray:
+        """Our array as the stored tensor, contiguous as safetensors requires."""
+        order = [dimension for group in self.groups for dimension in group]
+        return np.ascontiguousarray(array.transpose(order).reshape(self.hf_shape(array.shape)))
+
+
+_INPUT_PROJECTION = ((1, 2), (0,))  # (heads * head_dim, hidden)
+_OUTPUT_PROJECTION = ((2,), (0, 1))  # (hidden, heads * head_dim)
+_TRANSPOSED = ((1,), (0,))
+_HEAD_BIAS = ((0, 1),)
+_VECTOR = ((0,),)
+_MATRIX = ((0,), (1,))
+
+
+def tensor_layouts(config: QwenConfig) -> list[TensorLayout]:
+    """Every parameter of the architecture, in the order in which checkpoints store them."""
+
+    def layer(path: str, name: str, groups: tuple[tuple[int, ...], ...]) -> TensorLayout:
+        return TensorLayout(("layers", *path.split(".")), f"model.layers.{{}}.{name}", groups)
+
+    layouts = [
+        TensorLayout(("embedding",), "model.embed_tokens.weight", _MATRIX),
+        layer("attention_norm.scale", "input_layernorm.weight", _VECTOR),
+        layer("attention.query", "self_attn.q_proj.weight", _INPUT_PROJECTION),
+        layer("attention.key", "self_attn.k_proj.weight", _INPUT_PROJECTION),
+        layer("attention.value", "self_attn.v_proj.weight", _INPUT_PROJECTION),
+        layer("attention.output", "self_attn.o_proj.weight", _OUTPUT_PROJECTION),
+        layer("mlp_norm.scale", "post_attention_layernorm.weight", _VECTOR),
+        layer("mlp.gate", "mlp.gate_proj.weight", _TRANSPOSED),
+        layer("mlp.up", "mlp.up_proj.weight", _TRANSPOSED),
+        layer("mlp.down", "mlp.down_proj.weight", _TRANSPOSED),
+        TensorLayout(("norm", "scale"), "model.norm.weight", _VECTOR),
+    ]
+    if config.attention_bias:
+        layouts += [
+            layer(f"attention.{part}_bias", f"self_attn.{part[0]}_proj.bias", _HEAD_BIAS)
+            for part in ("query", "key", "value")
+        ]
+    if config.qk_norm:
+        layouts += [
+            layer(f"attention.{part}_norm.scale", f"self_attn.{part[0]}_norm.weight", _VECTOR)
+            for part in ("query", "key")
+        ]
+    if not config.tie_word_embeddings:
+        layouts.append(TensorLayout(("head",), "lm_head.weight", _MATRIX))
+    return layouts

@@ -1,0 +1,45 @@
+"""From the `model` and `mesh` sections of a configuration to a model on its devices."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from s1jax.config import MeshSection, ModelSection
+from s1jax.mesh import make_mesh
+from s1jax.model.config import QwenConfig
+from s1jax.model.hf import load_params, resolve_model
+from s1jax.model.qwen import Params, Qwen, Remat
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its parameters in place, and the directory that they and the tokenizer came from."""
+
+    model: Qwen
+    params: Params
+    mesh: Mesh
+    directory: Path
+
+
+def build_model(section: ModelSection, directory: Path, *, param_dtype: str, remat: Remat = "none") -> Qwen:
+    """The model that the section describes, without weights; `param_dtype` is used where the section has none."""
+    return Qwen(
+        QwenConfig.from_directory(directory),
+        dtype=jnp.dtype(section.dtype),
+        param_dtype=jnp.dtype(section.param_dtype or param_dtype),
+        remat=remat,
+        attention=section.attention,
+    )
+
+
+def load_model(section: ModelSection, mesh: MeshSection) -> LoadedModel:
+    """Find, check and read a model for inference, parameters stored in the dtype of the computation.
+
+    Raises FileNotFoundError, UnsupportedConfigError, CheckpointError or MeshError.
+    """
+    directory = resolve_model(section.path)
+    devices = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+    model = build_model(section, directory, param_dtype=section.dtype)
+    return LoadedModel(model, load_params(directory, model, devices), devices, directory)

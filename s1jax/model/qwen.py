@@ -1,0 +1,320 @@
+"""The whole decoder: Qwen2, Qwen2.5 and Qwen3 dense.
+
+NNX modules declare the parameters (shape, initial value and logical axes in one place) and compute one forward pass;
+`Qwen` is what the rest of the project uses: pure functions of a plain nested dict of parameters.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from s1jax.mesh import Axes, constrain, named_sharding
+from s1jax.model.attention import Implementation, attention
+from s1jax.model.config import QwenConfig
+from s1jax.model.rope import rope_frequencies, rope_rotations, rotate
+
+Params = dict[str, Any]
+"""Nested dict of arrays, keyed by strings; `layers` holds every layer's parameters stacked on a first axis."""
+Hidden = Float[Array, "batch length hidden"]
+Remat = Literal["none", "dots", "full"]
+
+_INITIALIZER_RANGE = 0.02
+"""Standard deviation of fresh weights, as in every Qwen config.json."""
+
+_REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class KVCache(NamedTuple):
+    """Keys and values of all layers; slot s of a row holds its token at position s."""
+
+    keys: Float[Array, "layers batch slots kv_heads head_dim"]
+    values: Float[Array, "layers batch slots kv_heads head_dim"]
+
+
+class _Weights(NamedTuple):
+    """How a module makes its parameters: random stream, storage dtype, and the shape of the stack of layers."""
+
+    rngs: nnx.Rngs
+    dtype: DTypeLike
+    stack: tuple[int, ...] = ()
+
+    def __call__(self, axes: Axes, *shape: int, init: Callable[..., Array] | None = None) -> nnx.Param:
+        init = init or nnx.initializers.normal(_INITIALIZER_RANGE)
+        value = init(self.rngs.params(), (*self.stack, *shape), self.dtype)
+        return nnx.Param(value, axes=("layers",) * len(self.stack) + axes)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation over the last dimension, in float32."""
+
+    def __init__(self, size: int, epsilon: float, weights: _Weights):
+        self.scale = weights(("norm",), size, init=nnx.initializers.ones)
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*shape size"]) -> Float[Array, "*shape size"]:
+        """Normalise; the result has the dtype of `x`."""
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
+        return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Self-attention with rotary positions and grouped key/value heads, over the tokens or over a cache."""
+
+    def __init__(self, config: QwenConfig, weights: _Weights, implementation: Implementation):
+        hidden, heads, kv_heads, head_dim = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.query = weights(("embed", "heads", "head_dim"), hidden, heads, head_dim)
+        self.key = weights(("embed", "kv_heads", "head_dim"), hidden, kv_heads, head_dim)
+        self.value = weights(("embed", "kv_heads", "head_dim"), hidden, kv_heads, head_dim)
+        self.output = weights(("heads", "head_dim", "embed"), heads, head_dim, hidden)
+        if config.attention_bias:
+            zeros = nnx.initializers.zeros
+            self.query_bias = weights(("heads", "head_dim"), heads, head_dim, init=zeros)
+            self.key_bias = weights(("kv_heads", "head_dim"), kv_heads, head_dim, init=zeros)
+            self.value_bias = weights(("kv_heads", "head_dim"), kv_heads, head_dim, init=zeros)
+        if config.qk_norm:
+            self.query_norm = RMSNorm(head_dim, config.rms_norm_eps, weights)
+            self.key_norm = RMSNorm(head_dim, config.rms_norm_eps, weights)
+        self.config = config
+        self.implementation: Implementation = implementation
+
+    def __call__(self, x: Hidden, inputs: "_Inputs", layer: int | Array) -> tuple[Hidden, KVCache | None]:
+        """Attend; `layer` says which layer of the cache to write and read."""
+        query = jnp.einsum("ble,ehd->blhd", x, self.query[...].astype(x.dtype))
+        key = jnp.einsum("ble,ekd->blkd", x, self.key[...].astype(x.dtype))
+        value = jnp.einsum("ble,ekd->blkd", x, self.value[...].astype(x.dtype))
+        if self.config.attention_bias:
+            query += self.query_bias[...].astype(x.dtype)
+            key += self.key_bias[...].astype(x.dtype)
+            value += self.value_bias[...].astype(x.dtype)
+        if self.config.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query = constrain(rotate(query, inputs.rotations), "batch", "length", "heads", "head_dim")
+        key = rotate(key, inputs.rotations)
+        cache = inputs.cache
+        if cache is None:
+            context = attention(query, key, value, segment_ids=inputs.segment_ids, implementation=self.implementation)
+        else:
+            rows = jnp.arange(x.shape[0])[:, None]
+            cache = KVCache(
+                cache.keys.at[layer, rows, inputs.positions].set(key.astype(cache.keys.dtype)),
+                cache.values.at[layer, rows, inputs.positions].set(value.astype(cache.values.dtype)),
+            )
+            context = attention(
+                query,
+                cache.keys[layer].astype(x.dtype),
+                cache.values[layer].astype(x.dtype),
+                query_index=inputs.positions,
+                implementation=self.implementation,
+            )
+        return jnp.einsum("blhd,hde->ble", context, self.output[...].astype(x.dtype)), cache
+
+
+class MLP(nnx.Module):
+    """The gated feed-forward block, down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: QwenConfig, weights: _Weights):
+        self.gate = weights(("embed", "mlp"), config.hidden_size, config.intermediate_size)
+        self.up = weights(("embed", "mlp"), config.hidden_size, config.intermediate_size)
+        self.down = weights(("mlp", "embed"), config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: Hidden) -> Hidden:
+        """Apply the block to each token."""
+        gate = jnp.einsum("ble,ef->blf", x, self.gate[...].astype(x.dtype))
+        up = jnp.einsum("ble,ef->blf", x, self.up[...].astype(x.dtype))
+        inner = constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
+        return jnp.einsum("blf,fe->ble", inner, self.down[...].astype(x.dtype))
+
+
+class _Inputs(NamedTuple):
+    """What every layer sees beside the residual stream."""
+
+    rotations: tuple[Array, Array]
+    positions: Int[Array, "batch length"]
+    segment_ids: Int[Array, "batch length"] | None
+    cache: KVCache | None
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and feed-forward block, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: QwenConfig, weights: _Weights, implementation: Implementation):
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, weights)
+        self.attention = Attention(config, weights, implementation)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, weights)
+        self.mlp = MLP(config, weights)
+
+    def __call__(self, x: Hidden, inputs: _Inputs, layer: int | Array) -> tuple[Hidden, KVCache | None]:
+        """One layer's residual update, and the cache with this layer's keys and values written."""
+        x = constrain(x, "batch", "residual_length", None)
+        with jax.named_scope("attention"):
+            update, cache = self.attention(self.attention_norm(x), inputs, layer)
+            x = constrain(x + update, "batch", "residual_length", None)
+        with jax.named_scope("mlp"):
+            return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "residual_length", None), cache
+
+
+class Decoder(nnx.Module):
+    """Embedding, the stack of layers, final norm and output head."""
+
+    def __init__(self, config: QwenConfig, weights: _Weights, implementation: Implementation, stacked: bool):
+        layers = config.num_hidden_layers
+        self.embedding = weights(("vocab", "embed"), config.vocab_size, config.hidden_size)
+        if stacked:
+            self.layers = DecoderLayer(config, weights._replace(stack=(layers,)), implementation)
+        else:
+            self.layers = nnx.List([DecoderLayer(config, weights, implementation) for _ in range(layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, weights)
+        if not config.tie_word_embeddings:
+            self.head = weights(("vocab", "embed"), config.vocab_size, config.hidden_size)
+
+
+@dataclass(frozen=True)
+class Qwen:
+    """An architecture together with how to run it; hashable, so a jitted function can close over it.
+
+    `dtype` is that of the computation, `param_dtype` of the stored parameters. `remat` says what the forward pass
+    keeps for the backward pass: "none" everything (no rematerialisation), "dots" the weight matmuls' outputs,
+    "full" only each layer's input.
+    """
+
+    config: QwenConfig
+    dtype: DTypeLike = jnp.bfloat16
+    param_dtype: DTypeLike = jnp.float32
+    remat: Remat = "none"
+    attention: Implementation = "auto"
+
+    def _declare(self, rngs: nnx.Rngs, stacked: bool = True) -> Decoder:
+        return Decoder(self.config, _Weights(rngs, self.param_dtype), self.attention, stacked)
+
+    @cached_property
+    def _abstract(self) -> Decoder:
+        return nnx.eval_shape(lambda: self._declare(nnx.Rngs(0)))
+
+    @cached_property
+    def _unrolled_graphdef(self) -> nnx.GraphDef:
+        return nnx.split(nnx.eval_shape(lambda: self._declare(nnx.Rngs(0), stacked=False)))[0]
+
+    def axes(self) -> Params:
+        """The logical axes of every parameter: a tree like the parameters, with a tuple of names at each leaf."""
+        tree: Params = {}
+        for path, param in nnx.to_flat_state(nnx.state(self._abstract)):
+            node = tree
+            for name in path[:-1]:
+                node = node.setdefault(name, {})
+            node[path[-1]] = param.get_metadata("axes")
+        return tree
+
+    def abstract_params(self, mesh: Mesh | None = None) -> Params:
+        """Shape and dtype of every parameter, and its sharding if a mesh is given; nothing is allocated.
+
+        Raises MeshError naming the dimension that does not fit the mesh.
+        """
+        shapes = nnx.to_pure_dict(nnx.state(self._abstract))
+        if mesh is None:
+            return shapes
+        return jax.tree.map(
+            lambda shape, axes: jax.ShapeDtypeStruct(
+                shape.shape, shape.dtype, sharding=named_sharding(mesh, axes, shape.shape)
+            ),
+            shapes,
+            self.axes(),
+        )
+
+    def init(self, key: Array, mesh: Mesh | None = None) -> Params:
+        """Fresh random parameters, made in place on the mesh; the same values on any mesh."""
+        shardings = jax.tree.map(lambda a: a.sharding, self.abstract_params(mesh))
+
+        def make(key: Array) -> Params:
+            return nnx.to_pure_dict(nnx.state(self._declare(nnx.Rngs(params=key))))
+
+        return jax.jit(make, out_shardings=shardings if mesh else None)(key)
+
+    def init_cache(self, batch: int, slots: int, dtype: DTypeLike | None = None) -> KVCache:
+        """An empty cache for `batch` rows of up to `slots` tokens."""
+        config = self.config
+        shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
+        return KVCache(jnp.zeros(shape, dtype or self.dtype), jnp.zeros(shape, dtype or self.dtype))
+
+    def hidden_states(
+        self,
+        params: Params,
+        input_ids: Int[Array, "batch length"],
+        positions: Int[Array, "batch length"],
+        segment_ids: Int[Array, "batch length"] | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Hidden, KVCache | None]:
+        """Run the layers; returns the normalised hidden states, and the cache with these tokens written.
+
+        `positions` are the rotary positions; with a cache they are also the slots that the tokens are written to
+        and up to which they see. `segment_ids` (0 = padding) keep packed examples apart; not with a cache.
+        `params` may also be what `unstack` made of them: then the layers are unrolled instead of scanned.
+        """
+        stacked = "attention" in params["layers"]
+        graphdef = nnx.split(self._abstract)[0] if stacked else self._unrolled_graphdef
+        decoder = nnx.merge(graphdef, params)
+        x = decoder.embedding[...].astype(self.dtype)[input_ids]
+        frequencies, magnitude = rope_frequencies(self.config)
+        inputs = _Inputs(rope_rotations(positions, frequencies, magnitude), positions, segment_ids, cache)
+        run = self._scan if stacked else self._unroll
+        x, cache = run(decoder.layers, x, inputs)
+        return decoder.norm(x), cache
+
+    def _scan(self, layers: DecoderLayer, x: Hidden, inputs: _Inputs) -> tuple[Hidden, KVCache | None]:
+        graphdef, stack = nnx.split(layers)
+
+        def body(carry: tuple[Hidden, KVCache | None], xs: tuple[Any, Array]) -> tuple[Any, None]:
+            x, cache = carry
+            state, layer = xs
+            return nnx.merge(graphdef, state)(x, inputs._replace(cache=cache), layer), None
+
+        carry, _ = jax.lax.scan(
+            self._rematerialised(body, scanned=True),
+            (x, inputs.cache),
+            (stack, jnp.arange(self.config.num_hidden_layers)),
+        )
+        return carry
+
+    def _unroll(self, layers: Any, x: Hidden, inputs: _Inputs) -> tuple[Hidden, KVCache | None]:
+        cache = inputs.cache
+        for i, layer in enumerate(layers):
+            graphdef, state = nnx.split(layer)
+
+            def run(x: Hidden, state: Any, cache: KVCache | None, i: int = i, graphdef: Any = graphdef) -> Any:
+                return nnx.merge(graphdef, state)(x, inputs._replace(cache=cache), i)
+
+            x, cache = self._rematerialised(run, scanned=False)(x, state, cache)
+        return x, cache
+
+    def _rematerialised(self, layer: Callable[..., Any], *, scanned: bool) -> Callable[..., Any]:
+        if self.remat == "none":
+            return layer
+        # A scan's body is out of reach of common-subexpression elimination; unrolled layers must be kept from it.
+        return jax.checkpoint(layer, policy=_REMAT_POLICIES[self.remat], prevent_cse=not scanned)
+
+    def logits(self, params: Params, hidden: Float[Array, "*rows hidden"]) -> Float[Array, "*rows vocab"]:
+        """Scores of the next token, in float32."""
+        head = params["embedding" if self.config.tie_word_embeddings else "head"].astype(self.dtype)
+        return jnp.einsum("...e,ve->...v", hidden, head, preferred_element_type=jnp.float32)
+
+    def unstack(self, params: Params) -> Params:
+        """The same parameters with one array per layer, which `hidden_states` runs unrolled."""
+        count = self.config.num_hidden_layers
+        layers = {i: jax.tree.map(lambda stack, i=i: stack[i], params["layers"]) for i in range(count)}
+        return {**params, "layers": layers}

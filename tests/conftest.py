@@ -1,0 +1,33 @@
+"""Sixteen CPU devices for every test, types and shapes checked at run time, and compilations kept between runs."""
+
+import os
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=16 " + os.environ.get("XLA_FLAGS", "")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".cache" / "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+
+from jaxtyping import install_import_hook
+
+install_import_hook("s1jax", "beartype.beartype")
+
+import jax
+import pytest
+from hypothesis import settings
+
+from tests import tiny
+
+# A matmul on TPU or GPU may round its inputs; these tests compare in full float32.
+jax.config.update("jax_default_matmul_precision", "highest")
+# The first example of a property compiles, which says nothing about its speed.
+settings.register_profile("s1jax", deadline=None, print_blob=True)
+settings.load_profile("s1jax")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    tiny.tokenizer(directory)
+    return directory
