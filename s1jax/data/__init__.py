@@ -1,0 +1,1 @@
+"""From a file of questions, reasoning traces and answers to the rows of one optimiser step."""

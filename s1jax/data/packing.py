@@ -1,0 +1,180 @@
+"""Lays the examples of one optimiser step out in rows of one length.
+
+A step always has the same number of examples; packing only decides how many share a row. Row lengths come
+from a small set, so that few shapes are compiled.
+"""
+
+from bisect import bisect_right, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from s1jax.data.examples import Example
+
+LossAverage = Literal["sample", "token"]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Which examples go into which row: indices into the step's lengths, in the order they lie in the row."""
+
+    rows: tuple[tuple[int, ...], ...]
+    row_length: int
+
+
+class Batch(NamedTuple):
+    """The rows of one optimiser step, or one process's part of them.
+
+    The loss of the whole step is `sum(weights * nll)` over all microbatches and processes, where `nll` is the
+    negative log-likelihood of `targets`. Padding has segment 0, position 0, target 0 and weight 0.
+    """
+
+    input_ids: Int32[np.ndarray, "microbatches rows length"]
+    """Tokens, `pad_id` where there is none."""
+    targets: Int32[np.ndarray, "microbatches rows length"]
+    """The next token of the same example; 0 at its last token."""
+    positions: Int32[np.ndarray, "microbatches rows length"]
+    """Position within the example, from 0."""
+    segment_ids: Int32[np.ndarray, "microbatches rows length"]
+    """1, 2, 3, ... for the examples of a row, 0 for padding."""
+    weights: Float32[np.ndarray, "microbatches rows length"]
+    """Weight of each target in the loss of the step."""
+
+
+def length_buckets(block_size: int) -> tuple[int, ...]:
+    """Row lengths to choose from, ascending: 256 * (1, 1.5, 2, 3, 4, 6, 8, ...) below `block_size`, and that.
+
+    All but `block_size` are multiples of 128, the tile of TPU and GPU attention kernels.
+    """
+    buckets = []
+    length = 256
+    while length < block_size:
+        buckets += [length, length * 3 // 2]
+        length *= 2
+    return (*(length for length in buckets if length < block_size), block_size)
+
+
+def plan_step(
+    lengths: Sequence[int], *, num_shards: int, block_size: int, buckets: Sequence[int], packing: bool
+) -> StepPlan:
+    """Decide which of a step's examples go to which row; the same input always gives the same plan.
+
+    Among the row lengths and row counts that hold all examples, the plan has the fewest tokens per shard,
+    counting padding; among equals the shortest rows, since attention costs grow with their length. Rows are
+    balanced (longest-processing-time greedy) unless only a tight packing (best fit) gets by with so few.
+
+    Args:
+        lengths: tokens of each example.
+        num_shards: the number of rows is a multiple of this; rows beyond what is needed are empty.
+        block_size: the longest row there can be.
+        buckets: row lengths to choose from, ascending, up to and including `block_size`.
+        packing: whether examples may share rows. Without, row i is example i.
+
+    Raises:
+        ValueError: if an example is longer than `block_size`, or the buckets do not end there.
+    """
+    if buckets[-1] != block_size:
+        raise ValueError(f"the last of buckets={tuple(buckets)} must be block_size={block_size}")
+    longest = max(lengths)
+    if longest > block_size:
+        raise ValueError(f"an example of {longest} tokens does not fit block_size={block_size}")
+    row_lengths = [length for length in buckets if length >= longest]
+
+    most_rows = _round_up(len(lengths), num_shards)
+    if not packing:
+        rows = [[index] for index in range(len(lengths))]
+        return _plan(rows, most_rows, row_lengths[0])
+
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    total = sum(lengths)
+    best = _plan([[index] for index in order], most_rows, row_lengths[0])
+    for row_length in row_lengths:
+        fewest_rows = _round_up(-(-total // row_length), num_shards)
+        for num_rows in range(fewest_rows, most_rows, num_shards):
+            if num_rows * row_length >= len(best.rows) * best.row_length:
+                break
+            filled = _fill(order, lengths, num_rows, row_length)
+            if filled is not None:
+                best = _plan(filled, num_rows, row_length)
+                break
+    return best
+
+
+def build_batch(
+    examples: Sequence[Example],
+    plan: StepPlan,
+    *,
+    num_microbatches: int,
+    row_shard: tuple[int, int],
+    loss_average: LossAverage,
+    pad_id: int,
+) -> Batch:
+    """Lay out this process's rows of a step.
+
+    Args:
+        examples: all examples of the step, in the order of the plan's indices.
+        plan: where they go; its rows in order are the rows of microbatch 0, then of microbatch 1, ...
+        num_microbatches: microbatches that the rows are divided into, evenly.
+        row_shard: (index, count): the rows of each microbatch are divided into `count` contiguous equal
+            parts, and part `index` is built.
+        loss_average: "sample" averages each example's mean token loss over the step's examples, as s1's
+            training did (one example per device, plain averages over devices); "token" averages over all
+            trained tokens of the step.
+        pad_id: token id of padding; nothing depends on it.
+    """
+    shard, num_shards = row_shard
+    row_indices = np.arange(len(plan.rows)).reshape(num_microbatches, num_shards, -1)[:, shard]
+    trained = [int(example.loss_mask.sum()) for example in examples]
+
+    shape = (*row_indices.shape, plan.row_length)
+    batch = Batch(
+        input_ids=np.full(shape, pad_id, np.int32),
+        targets=np.zeros(shape, np.int32),
+        positions=np.zeros(shape, np.int32),
+        segment_ids=np.zeros(shape, np.int32),
+        weights=np.zeros(shape, np.float32),
+    )
+    for (microbatch, row), row_index in np.ndenumerate(row_indices):
+        start = 0
+        for segment, index in enumerate(plan.rows[row_index], start=1):
+            ids, mask = examples[index].input_ids, examples[index].loss_mask
+            divisor = trained[index] * len(examples) if loss_average == "sample" else sum(trained)
+            here = (microbatch, row, slice(start, start + ids.size))
+            predicting = (microbatch, row, slice(start, start + ids.size - 1))
+            batch.input_ids[here] = ids
+            batch.positions[here] = np.arange(ids.size)
+            batch.segment_ids[here] = segment
+            batch.targets[predicting] = ids[1:]
+            batch.weights[predicting] = mask[1:] / divisor
+            start += ids.size
+    return batch
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _plan(rows: list[list[int]], num_rows: int, row_length: int) -> StepPlan:
+    padded = rows + [[]] * (num_rows - len(rows))
+    return StepPlan(tuple(tuple(row) for row in padded), row_length)
+
+
+def _fill(order: list[int], lengths: Sequence[int], num_rows: int, row_length: int) -> list[list[int]] | None:
+    """Rows that hold all examples, longest first: into the emptiest row, or if that fails the fullest."""
+    for tight in (False, True):
+        rows: list[list[int]] = [[] for _ in range(num_rows)]
+        loads = [(0, row) for row in range(num_rows)]  # ascending
+        for index in order:
+            room = row_length - lengths[index]
+            fullest = bisect_right(loads, (room, num_rows)) - 1  # of those that still have room
+            if fullest < 0:
+                break
+            load, row = loads.pop(fullest if tight else 0)
+            rows[row].append(index)
+            insort(loads, (load + lengths[index], row))
+        else:
+            return rows
+    return None
