@@ -42,6 +42,88 @@ class ModelSection:
     )
 
 
+Remat = Literal["none", "dots", "full"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainedModelSection(ModelSection):
+    """The model to train."""
+
+    remat: Remat = Field(
+        default="full",
+        description="what the forward pass keeps: none = everything, dots = matmul outputs, full = layer inputs only",
+    )
+
+
+@dataclass(frozen=True, config=STRICT)
+class DataSection:
+    """The training examples and how they become rows."""
+
+    path: str = Field(description="JSONL, JSON or Parquet file, or hub id of a data set")
+    eval_path: str | None = Field(default=None, description="held-out examples, scored every training.eval_every steps")
+    block_size: Positive = Field(default=32_768, description="longest example, in tokens")
+    overlong: Literal["error", "truncate", "drop"] = Field(
+        default="error", description="what happens to an example longer than block_size"
+    )
+    packing: bool = Field(default=True, description="several examples in a row, kept apart by segment ids")
+    shuffle: bool = Field(default=True, description="a new order each epoch")
+
+
+@dataclass(frozen=True, config=STRICT)
+class OptimizerSection:
+    """AdamW; the defaults are s1's."""
+
+    learning_rate: NonNegative = Field(default=1e-5, description="peak, after warm-up")
+    warmup_ratio: Fraction = Field(default=0.05, description="share of the steps that warm up linearly from 0")
+    weight_decay: NonNegative = Field(default=1e-4, description="not applied to biases and norms")
+    beta1: Fraction = Field(default=0.9, description="decay of the first moment")
+    beta2: Fraction = Field(default=0.95, description="decay of the second moment")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="global gradient norm is clipped to this"
+    )
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainingSection:
+    """The run."""
+
+    output_dir: str = Field(description="checkpoints, metrics.jsonl and at the end model/ are written here")
+    num_epochs: Positive = Field(default=5, description="passes over the data")
+    batch_size: Positive = Field(default=16, description="examples per optimiser step")
+    gradient_accumulation_steps: Positive = Field(default=1, description="forward and backward passes per step")
+    max_steps: Positive | None = Field(default=None, description="stop after this many steps; null: all epochs")
+    loss_average: Literal["sample", "token"] = Field(
+        default="sample", description="mean over the examples of each one's mean, or over all trained tokens"
+    )
+    seed: Integer = Field(default=0, description="order of the examples")
+    eval_every: Positive = Field(default=50, description="steps between evaluations on data.eval_path")
+    max_bad_steps: Positive = Field(
+        default=5, description="steps in a row with a loss or gradient that is not finite before the run stops"
+    )
+    export_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="bfloat16", description="dtype of the weights in output_dir/model"
+    )
+    force: bool = Field(default=False, description="resume although keys changed that change the training")
+
+
+@dataclass(frozen=True, config=STRICT)
+class CheckpointSection:
+    """Where a run can be resumed from."""
+
+    every_steps: Positive = Field(default=100, description="steps between checkpoints; the last step has one too")
+    keep: Positive = Field(default=2, description="checkpoints kept, the newest ones")
+
+
+@dataclass(frozen=True, config=STRICT)
+class LoggingSection:
+    """Where metrics go beside metrics.jsonl."""
+
+    tensorboard: bool = Field(default=False, description="write TensorBoard events to output_dir/tensorboard")
+    wandb_project: str | None = Field(default=None, description="Weights & Biases project to report to")
+
+
 @dataclass(frozen=True, config=STRICT)
 class MeshSection:
     """How the devices are arranged; the sizes multiply to the number of devices."""
@@ -49,6 +131,13 @@ class MeshSection:
     data: Integer = Field(default=1, description="replicas; -1: all devices that are left")
     fsdp: Integer = Field(default=-1, description="shards of parameters and batch; -1: all devices that are left")
     tensor: Integer = Field(default=1, description="shards of heads, feed-forward and vocabulary")
+    coordinator: str | None = Field(
+        default=None, description="host:port of process 0, where no scheduler (SLURM, Open MPI, GKE, Cloud TPU) tells"
+    )
+    num_processes: Positive | None = Field(default=None, description="with coordinator: how many processes there are")
+    process_id: Annotated[int, Field(strict=True, ge=0)] | None = Field(
+        default=None, description="with coordinator: which one this is, from 0"
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -62,6 +151,19 @@ class ScoreConfig:
     max_length: Positive | None = Field(
         default=None, description="longest row allowed, in tokens; null: the model's context"
     )
+    mesh: MeshSection = Field(default=MeshSection(), description="device mesh")
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainConfig:
+    """python train.py: supervised fine-tuning on reasoning traces."""
+
+    model: TrainedModelSection
+    data: DataSection
+    training: TrainingSection
+    optimizer: OptimizerSection = Field(default=OptimizerSection(), description="AdamW")
+    checkpoint: CheckpointSection = Field(default=CheckpointSection(), description="checkpoints")
+    logging: LoggingSection = Field(default=LoggingSection(), description="metrics")
     mesh: MeshSection = Field(default=MeshSection(), description="device mesh")
 
 

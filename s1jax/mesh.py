@@ -4,11 +4,16 @@ Parameters and activations name what their dimensions *are* (heads, mlp, batch, 
 those dimensions live. Code runs under `jax.set_mesh(mesh)`; without a mesh nothing is constrained.
 """
 
+import importlib.util
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from s1jax.config import MeshSection
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -59,6 +64,47 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
     return jax.make_mesh(
         tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
     )
+
+
+def start_distributed(section: MeshSection) -> None:
+    """Connect the processes of a multi-host run; does nothing in a run of one process.
+
+    SLURM, Open MPI, GKE and Cloud TPU tell jax who the others are; elsewhere `mesh.coordinator`, `mesh.num_processes`
+    and `mesh.process_id` do. A process that is not heard of for a minute ends the others.
+    """
+    if section.coordinator is None and not _under_a_launcher():
+        return
+    jax.distributed.initialize(
+        section.coordinator, section.num_processes, section.process_id, heartbeat_timeout_seconds=60
+    )
+
+
+def _under_a_launcher() -> bool:
+    """Whether the environment is that of one process among several, in a form that jax knows."""
+    tasks = [os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")]
+    if "SLURM_PROCID" not in os.environ:
+        tasks[0] = "1"
+    on_tpu = importlib.util.find_spec("libtpu") is not None and any(Path("/dev").glob("accel*"))
+    tpu_hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    return any(int(n) > 1 for n in tasks) or len(tpu_hosts) > 1 or on_tpu
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """How many parts the rows of a batch are divided into."""
+    return int(np.prod([mesh.shape[axis] for axis in LOGICAL_AXES["batch"]]))
+
+
+def process_row_shard(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): of a batch cut into `count` equal parts, this process's devices hold part `index`.
+
+    Raises MeshError if this process's rows are not one such part.
+    """
+    owners = mesh.devices.reshape(batch_shards(mesh), -1)
+    mine = [i for i, row in enumerate(owners) if any(d.process_index == jax.process_index() for d in row)]
+    first, size = mine[0], len(mine)
+    if mine != list(range(first, first + size)) or first % size or len(owners) % size:
+        raise MeshError(f"this process holds the batch shards {mine} of {len(owners)}, which are not one equal part")
+    return first // size, len(owners) // size
 
 
 def partition_spec(axes: Axes, shape: Sequence[int], mesh_shape: dict[str, int]) -> PartitionSpec:

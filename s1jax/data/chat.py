@@ -55,15 +55,12 @@ def turn_markers(tokenizer: PreTrainedTokenizerBase) -> TurnMarkers:
     }
     if ids["<|im_start|>"].size != 1:
         raise ValueError(
-            "the tokenizer has no token <|im_start|>: s1's text needs a ChatML tokenizer, such as "
-            "Qwen2.5-Instruct's"
+            "the tokenizer has no token <|im_start|>: s1's text needs a ChatML tokenizer, such as Qwen2.5-Instruct's"
         )
     return TurnMarkers(ids[RESPONSE_MARKER], ids[INSTRUCTION_MARKER])
 
 
-def find_marker(
-    input_ids: Int[np.ndarray, " length"], marker: Int[np.ndarray, " tokens"]
-) -> Int[np.ndarray, " found"]:
+def find_marker(input_ids: Int[np.ndarray, " length"], marker: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, " found"]:
     """Indices in `input_ids` where `marker` starts, ascending."""
     if input_ids.size < marker.size:
         return np.empty(0, np.int64)

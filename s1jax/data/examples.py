@@ -101,9 +101,7 @@ class Dataset:
         )
 
 
-def load_examples(
-    path: str, tokenizer: PreTrainedTokenizerBase, *, block_size: int, overlong: Overlong
-) -> Dataset:
+def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, *, block_size: int, overlong: Overlong) -> Dataset:
     """Read, check and tokenise a training set.
 
     Args:
@@ -123,9 +121,7 @@ def load_examples(
     markers = chat.turn_markers(tokenizer)
     fmt = _find_format(source)
     if fmt.needs_template and not tokenizer.chat_template:
-        raise ValueError(
-            f"the tokenizer has no chat template, which rows of format {fmt.name} are rendered with"
-        )
+        raise ValueError(f"the tokenizer has no chat template, which rows of format {fmt.name} are rendered with")
 
     problems = list(source.problems)
     texts: dict[int, str] = {}
@@ -196,9 +192,7 @@ def _check_turns(
 
 def _check_length(mask: Bool[np.ndarray, " length"], block_size: int, overlong: Overlong) -> str | None:
     if overlong == "error" and mask.size > block_size:
-        return (
-            f"{mask.size} tokens are over block_size={block_size} (overlong: truncate or drop accepts that)"
-        )
+        return f"{mask.size} tokens are over block_size={block_size} (overlong: truncate or drop accepts that)"
     if overlong == "truncate" and not mask[:block_size].any():
         return f"nothing to train on within block_size={block_size}: the prompt takes {mask.argmax()} tokens"
     return None

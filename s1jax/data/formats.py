@@ -141,9 +141,7 @@ def problems_of(error: ValidationError) -> list[str]:
 
 
 def _describe(detail: ErrorDetails) -> str:
-    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"]).lstrip(
-        "."
-    )
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"]).lstrip(".")
     if not field:
         return detail["msg"]
     if detail["type"] == "missing":

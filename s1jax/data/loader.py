@@ -26,6 +26,8 @@ class StepCounts(NamedTuple):
     examples: int
     tokens: int
     trained_tokens: int
+    squared_lengths: int
+    """Sum of the squares of the examples' lengths, which attention's arithmetic grows with."""
 
 
 class StepLoader(Iterator[Batch]):
@@ -109,7 +111,8 @@ class StepLoader(Iterator[Batch]):
     def counts(self, step: int) -> StepCounts:
         """What that step holds, over all processes."""
         indices = self._step_indices(step)
-        return StepCounts(len(indices), int(self._lengths[indices].sum()), int(self._trained[indices].sum()))
+        lengths, trained = self._lengths[indices], self._trained[indices]
+        return StepCounts(len(indices), int(lengths.sum()), int(trained.sum()), int((lengths**2).sum()))
 
     @cached_property
     def shapes(self) -> dict[tuple[int, int], int]:

@@ -7,7 +7,7 @@ from a small set, so that few shapes are compiled.
 from bisect import bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -26,21 +26,21 @@ class StepPlan:
 
 
 class Batch(NamedTuple):
-    """The rows of one optimiser step, or one process's part of them.
+    """The rows of one optimiser step, or one process's part of them; numpy arrays here, jax arrays once on devices.
 
     The loss of the whole step is `sum(weights * nll)` over all microbatches and processes, where `nll` is the
     negative log-likelihood of `targets`. Padding has segment 0, position 0, target 0 and weight 0.
     """
 
-    input_ids: Int32[np.ndarray, "microbatches rows length"]
+    input_ids: Int32[Any, "microbatches rows length"]
     """Tokens, `pad_id` where there is none."""
-    targets: Int32[np.ndarray, "microbatches rows length"]
+    targets: Int32[Any, "microbatches rows length"]
     """The next token of the same example; 0 at its last token."""
-    positions: Int32[np.ndarray, "microbatches rows length"]
+    positions: Int32[Any, "microbatches rows length"]
     """Position within the example, from 0."""
-    segment_ids: Int32[np.ndarray, "microbatches rows length"]
+    segment_ids: Int32[Any, "microbatches rows length"]
     """1, 2, 3, ... for the examples of a row, 0 for padding."""
-    weights: Float32[np.ndarray, "microbatches rows length"]
+    weights: Float32[Any, "microbatches rows length"]
     """Weight of each target in the loss of the step."""
 
 

@@ -65,9 +65,7 @@ def read_source(path: str) -> Source:
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
     if file.is_file():
         if file.suffix not in readers:
-            raise DataError(
-                f"{path}: cannot read a '{file.suffix}' file, expected one of {', '.join(readers)}"
-            )
+            raise DataError(f"{path}: cannot read a '{file.suffix}' file, expected one of {', '.join(readers)}")
         source = readers[file.suffix](file)
     elif file.is_dir() or (HUB_ID.fullmatch(path) and file.suffix not in readers):
         source = _read_with_datasets(path)

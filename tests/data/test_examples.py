@@ -98,9 +98,7 @@ def test_a_hub_data_set_is_read_through_datasets(tokenizer, tmp_path, monkeypatc
     write(folder / "train.jsonl", [S1K, {**S1K, "attempt": ""}])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    with pytest.raises(
-        DataError, match=r"^someone/s1K: 1 problem \(rows count from 1\)\n  row 2: field 'attempt'"
-    ):
+    with pytest.raises(DataError, match=r"^someone/s1K: 1 problem \(rows count from 1\)\n  row 2: field 'attempt'"):
         load("someone/s1K", tokenizer)
 
     write(folder / "train.jsonl", [S1K, S1K_11 | S1K])
@@ -112,9 +110,7 @@ def test_a_hub_data_set_is_read_through_datasets(tokenizer, tmp_path, monkeypatc
 def test_what_datasets_cannot_load_is_an_error_with_its_reason(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(
-        DataError, match=r"empty: no file of that name, and `datasets` cannot load it .*: .*empty"
-    ):
+    with pytest.raises(DataError, match=r"empty: no file of that name, and `datasets` cannot load it .*: .*empty"):
         load(str(tmp_path / "empty"), tokenizer)
 
 
@@ -135,9 +131,7 @@ def test_line_numbers_count_blank_lines_and_a_byte_order_mark_is_no_matter(token
     path.write_text("\ufeff" + json.dumps(S1K) + "\r\n\n  \n" + json.dumps(S1K) + "\n\n")
     assert load(str(path), tokenizer).rows == 2
     path.write_text(path.read_text() + "3\n")
-    with pytest.raises(
-        DataError, match=r"1 problem .*\n  line 6: expected an object with named fields, found int 3"
-    ):
+    with pytest.raises(DataError, match=r"1 problem .*\n  line 6: expected an object with named fields, found int 3"):
         load(str(path), tokenizer)
 
 
@@ -170,9 +164,7 @@ def test_a_file_that_cannot_be_read_is_named(name, content, message, tokenizer, 
 
 @pytest.mark.parametrize("path", ["no/such/file.jsonl", "data/missing.jsonl", "./missing", "missing"])
 def test_a_path_that_is_neither_file_nor_hub_id(path, tokenizer):
-    with pytest.raises(
-        DataError, match=rf"^{path}: no such file, and not the id of a hub data set \(owner/name\)$"
-    ):
+    with pytest.raises(DataError, match=rf"^{path}: no such file, and not the id of a hub data set \(owner/name\)$"):
         load(path, tokenizer)
 
 
@@ -345,8 +337,7 @@ def test_overlong_error(two_lengths, tokenizer):
     with pytest.raises(DataError) as error:
         load(path, tokenizer, block_size=short.size)
     assert str(error.value).endswith(
-        f"\n  line 2: {long.size} tokens are over block_size={short.size} "
-        "(overlong: truncate or drop accepts that)"
+        f"\n  line 2: {long.size} tokens are over block_size={short.size} (overlong: truncate or drop accepts that)"
     )
     assert load(path, tokenizer, block_size=long.size).rows == 2
 
@@ -374,8 +365,7 @@ def test_truncating_away_all_that_is_trained_is_an_error(two_lengths, tokenizer)
     with pytest.raises(DataError) as error:
         load(path, tokenizer, block_size=prompt, overlong="truncate")
     assert str(error.value).split("\n")[1:] == [
-        f"  line {n}: nothing to train on within block_size={prompt}: the prompt takes {prompt} tokens"
-        for n in (1, 2)
+        f"  line {n}: nothing to train on within block_size={prompt}: the prompt takes {prompt} tokens" for n in (1, 2)
     ]
 
 
@@ -384,9 +374,7 @@ def test_overlong_drop(two_lengths, tokenizer):
     data = load(path, tokenizer, block_size=short.size, overlong="drop")
     assert (data.rows, data.truncated, data.dropped) == (2, 0, 1)
     assert [example.input_ids.tolist() for example in data.examples] == [short.tolist()]
-    with pytest.raises(
-        DataError, match=r"lengths.jsonl: all 2 rows are over block_size=9 tokens, none is left"
-    ):
+    with pytest.raises(DataError, match=r"lengths.jsonl: all 2 rows are over block_size=9 tokens, none is left"):
         load(path, tokenizer, block_size=9, overlong="drop")
 
 

@@ -67,12 +67,8 @@ def test_s1k_has_315_steps():
     seed=st.integers(0, 9),
 )
 @settings(max_examples=30, deadline=None)
-def test_every_epoch_has_every_example_and_is_filled_up_with_its_first(
-    count, batch_size, shuffle, packing, seed
-):
-    loader = make_loader(
-        make_examples(count), batch_size=batch_size, shuffle=shuffle, packing=packing, seed=seed
-    )
+def test_every_epoch_has_every_example_and_is_filled_up_with_its_first(count, batch_size, shuffle, packing, seed):
+    loader = make_loader(make_examples(count), batch_size=batch_size, shuffle=shuffle, packing=packing, seed=seed)
     steps = [examples_in(batch) for batch in loader]
     assert len(steps) == len(loader) == 2 * -(-count // batch_size)
     assert {len(step) for step in steps} == {batch_size}
@@ -133,8 +129,7 @@ def test_processes_hold_the_parts_of_the_same_steps(packing):
     whole = list(make_loader(examples, **sizes))
     parts = [list(make_loader(examples, **sizes, row_shard=(index, 4))) for index in range(4)]
     joined = [
-        [np.concatenate(arrays, axis=1) for arrays in zip(*step, strict=True)]
-        for step in zip(*parts, strict=True)
+        [np.concatenate(arrays, axis=1) for arrays in zip(*step, strict=True)] for step in zip(*parts, strict=True)
     ]
     assert_same(joined, whole)
     assert parts[0][0].input_ids.shape[:2] == (2, whole[0].input_ids.shape[1] // 4)
@@ -219,16 +214,12 @@ def test_shapes_padding_and_counts_are_those_of_the_batches(packing):
     assert loader.padding_share == pytest.approx(1 - tokens / sum(batch.input_ids.size for batch in batches))
 
     for step, batch in enumerate(batches):
-        assert loader.counts(step) == StepCounts(
-            4, int((batch.segment_ids > 0).sum()), int((batch.weights > 0).sum())
-        )
+        assert loader.counts(step) == StepCounts(4, int((batch.segment_ids > 0).sum()), int((batch.weights > 0).sum()))
 
 
 def test_a_whole_run_is_planned_quickly():
     rng = np.random.default_rng(0)
-    examples = [
-        Example(np.zeros(length, np.int32), np.arange(length) > 0) for length in rng.integers(600, 9600, 1000)
-    ]
+    examples = [Example(np.zeros(length, np.int32), np.arange(length) > 0) for length in rng.integers(600, 9600, 1000)]
     for num_shards in (1, 8):
         start = time.perf_counter()
         loader = make_loader(examples, batch_size=16, num_epochs=5, block_size=32_768, num_shards=num_shards)

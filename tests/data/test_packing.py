@@ -52,9 +52,7 @@ def test_length_buckets_ascend_by_half_or_less_to_the_block_size(block_size):
 LENGTHS = st.lists(st.integers(2, 1000), min_size=1, max_size=24)
 
 
-@given(
-    lengths=LENGTHS, num_shards=st.integers(1, 12), block_size=st.integers(1000, 3000), packing=st.booleans()
-)
+@given(lengths=LENGTHS, num_shards=st.integers(1, 12), block_size=st.integers(1000, 3000), packing=st.booleans())
 def test_a_plan_holds_every_example_once_in_rows_of_a_bucket(lengths, num_shards, block_size, packing):
     result = plan(lengths, num_shards, block_size, packing)
     assert result == plan(lengths, num_shards, block_size, packing)

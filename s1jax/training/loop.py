@@ -1,0 +1,266 @@
+"""The run: data in, steps, checkpoints, metrics, and a Hugging Face directory at the end."""
+
+import hashlib
+import importlib.metadata
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+from types import FrameType
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from transformers import AutoTokenizer
+
+from s1jax.config import TrainConfig, to_dict
+from s1jax.data.examples import Dataset, Example, load_examples
+from s1jax.data.loader import StepLoader
+from s1jax.data.packing import Batch
+from s1jax.mesh import batch_shards, make_mesh, process_row_shard, start_distributed
+from s1jax.model.flops import peak_flops, training_flops
+from s1jax.model.hf import export_model, load_params, resolve_model
+from s1jax.model.load import build_model
+from s1jax.model.qwen import Params
+from s1jax.training.checkpoint import Checkpoints
+from s1jax.training.metrics import Tracker, open_trackers, save_provenance
+from s1jax.training.run_directory import RunError, check_config, exclusive
+from s1jax.training.step import (
+    StepMetrics,
+    TrainState,
+    abstract_state,
+    batch_sharding,
+    compile_loss,
+    compile_step,
+    init_state,
+)
+
+TERMINATED = 143
+"""Exit status after SIGTERM, as the shell reports it for a process that the signal ended."""
+PAD_TOKEN = "<|fim_pad|>"
+
+
+def train(config: TrainConfig) -> int:
+    """Train as configured, going on from the last checkpoint in the output directory; returns the exit status.
+
+    Raises ValueError, OSError or RuntimeError with a message for the person who started the run.
+    """
+    start_distributed(config.mesh)
+    directory = Path(config.training.output_dir)
+    with exclusive(directory):
+        if (directory / "model").exists():
+            print(f"{directory}/model is there: this run is finished")
+            return 0
+        return _Run(config, directory).execute()
+
+
+class _Run:
+    """One process's part of a training run."""
+
+    def __init__(self, config: TrainConfig, directory: Path):
+        self.config, self.directory = config, directory
+        self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        self.source = resolve_model(config.model.path)
+        self.model = build_model(config.model, self.source, param_dtype="float32", remat=config.model.remat)
+        self.model.abstract_params(self.mesh)  # Refuses a mesh that does not fit before the data is read.
+        tokenizer = AutoTokenizer.from_pretrained(self.source)
+        self.pad_id = tokenizer.convert_tokens_to_ids(PAD_TOKEN) or 0
+        block_size, overlong = config.data.block_size, config.data.overlong
+        dataset = load_examples(config.data.path, tokenizer, block_size=block_size, overlong=overlong)
+        held_out = config.data.eval_path
+        self.eval_loader = (
+            self._loader(
+                load_examples(held_out, tokenizer, block_size=block_size, overlong=overlong).examples, evaluation=True
+            )
+            if held_out
+            else None
+        )
+        self.loader = self._loader(dataset.examples)
+        self.total_steps = min(len(self.loader), config.training.max_steps or len(self.loader))
+        check_config(directory, config, _fingerprint(dataset.examples))
+        if jax.process_index() == 0:
+            self._describe(dataset)
+
+    def _loader(self, examples: list[Example], evaluation: bool = False) -> StepLoader:
+        config = self.config
+        microbatches = config.training.gradient_accumulation_steps
+        return StepLoader(
+            examples,
+            batch_size=config.training.batch_size,
+            num_epochs=1 if evaluation else config.training.num_epochs,
+            shuffle=config.data.shuffle and not evaluation,
+            seed=config.training.seed,
+            packing=config.data.packing or evaluation,
+            loss_average=config.training.loss_average,
+            block_size=config.data.block_size,
+            num_microbatches=microbatches,
+            num_shards=batch_shards(self.mesh) * microbatches,
+            row_shard=process_row_shard(self.mesh),
+            pad_id=self.pad_id,
+            fill_last=not evaluation,
+        )
+
+    def _describe(self, dataset: Dataset) -> None:
+        print(dataset.summary)
+        print(f"padding: {self.loader.padding_share:.1%} of all positions")
+        shapes = ", ".join(f"{rows} x {length} ({n} steps)" for (rows, length), n in sorted(self.loader.shapes.items()))
+        print(f"{self.total_steps} steps; rows x length, one compilation each: {shapes}", flush=True)
+        save_provenance(self.directory / "provenance.json", to_dict(self.config), _versions())
+
+    def execute(self) -> int:
+        checkpoints = Checkpoints(
+            self.directory / "checkpoints", self.directory / "damaged-checkpoints", self.config.checkpoint.keep
+        )
+        with jax.set_mesh(self.mesh), _termination() as terminated:
+            state = self._start(checkpoints)
+            trackers = self._trackers(int(state.step))
+            state = self._steps(state, checkpoints, trackers, terminated)
+            for tracker in trackers:
+                tracker.close()
+            checkpoints.close()
+            finished = int(state.step) == self.total_steps
+            if finished:
+                self._export(state)
+        if jax.process_index() == 0:
+            if finished:
+                print(f"finished: {self.directory / 'model'}", flush=True)
+            else:
+                print(
+                    f"terminated; saved after step {int(state.step)}, the same command goes on from there", flush=True
+                )
+        return 0 if finished else TERMINATED
+
+    def _export(self, state: TrainState) -> None:
+        dtype = self.config.training.export_dtype
+        export_model(self.directory / "model", self.model, state.params, source=self.source, dtype=dtype)
+
+    def _start(self, checkpoints: Checkpoints) -> TrainState:
+        section = self.config.optimizer
+        restored = checkpoints.restore(abstract_state(self.model, section, self.mesh))
+        if restored is None:
+            return init_state(self.model, section, self.mesh, load_params(self.source, self.model, self.mesh))
+        self.loader.set_state(restored.loader)
+        if jax.process_index() == 0:
+            print(f"going on from the checkpoint of step {int(restored.state.step)}", flush=True)
+        return restored.state
+
+    def _trackers(self, first_step: int) -> list[Tracker]:
+        if jax.process_index():
+            return []
+        return open_trackers(self.config.logging, self.directory, to_dict(self.config), first_step, self.total_steps)
+
+    def _steps(
+        self, state: TrainState, checkpoints: Checkpoints, trackers: list[Tracker], terminated: Event
+    ) -> TrainState:
+        """Take steps until all are taken or the run is told to end; the state returned has been saved."""
+        training, every = self.config.training, self.config.checkpoint.every_steps
+        take = compile_step(self.model, self.config.optimizer, self.total_steps, self.mesh)
+        evaluate = compile_loss(self.model, self.mesh) if self.eval_loader else None
+        bad_steps = 0
+        for step in range(int(state.step) + 1, self.total_steps + 1):
+            started = time.perf_counter()
+            batch = self._to_devices(next(self.loader))
+            state, metrics = jax.block_until_ready(take(state, batch))
+            numbers = self._numbers(step, batch, metrics, time.perf_counter() - started)
+            bad_steps = 0 if metrics.finite else bad_steps + 1
+            if evaluate and (step % training.eval_every == 0 or step == self.total_steps):
+                numbers["eval_loss"] = self._evaluate(evaluate, state.params)
+            for tracker in trackers:
+                tracker.log(step, numbers)
+            if bad_steps >= training.max_bad_steps:
+                checkpoints.wait()
+                raise RunError(
+                    f"loss or gradients were not finite for {bad_steps} steps in a row, up to step {step}: stopped. "
+                    f"The last checkpoint is that of step {checkpoints.latest_step()}"
+                )
+            stop = _agreed(terminated.is_set())
+            checkpoints.poll()
+            if step % every == 0 or step == self.total_steps or stop:
+                checkpoints.save(state, self.loader.get_state())
+            if stop:
+                break
+        return state
+
+    def _to_devices(self, batch: Batch) -> Batch:
+        """This process's rows as its part of arrays that span the mesh."""
+        sharding = batch_sharding(self.mesh)
+        _, parts = process_row_shard(self.mesh)
+
+        def place(local: np.ndarray) -> jax.Array:
+            microbatches, rows, length = local.shape
+            return jax.make_array_from_process_local_data(sharding, local, (microbatches, rows * parts, length))
+
+        return Batch(*map(place, batch))
+
+    def _numbers(self, step: int, batch: Batch, metrics: StepMetrics, seconds: float) -> dict[str, float]:
+        counts = self.loader.counts(step - 1)
+        numbers = {
+            "loss": float(metrics.loss),
+            "learning_rate": float(metrics.learning_rate),
+            "grad_norm": float(metrics.grad_norm),
+            "skipped": float(not metrics.finite),
+            "trained_tokens": counts.trained_tokens,
+            "padding_share": 1 - counts.tokens / batch.input_ids.size,
+            "seconds": seconds,
+            "tokens_per_second": counts.tokens / seconds,
+        }
+        peak = peak_flops(device.device_kind for device in self.mesh.devices.flat)
+        if peak:
+            flops = training_flops(self.model.config, counts.tokens, counts.squared_lengths)
+            numbers["mfu"] = flops / seconds / peak
+        return numbers
+
+    def _evaluate(self, evaluate: Callable[[Params, Batch], jax.Array], params: Params) -> float:
+        """Mean loss over the held-out examples, averaged as in training."""
+        assert self.eval_loader is not None
+        self.eval_loader.set_state({**self.eval_loader.get_state(), "step": 0})
+        total = weight = 0.0
+        for step, batch in enumerate(self.eval_loader):
+            counts = self.eval_loader.counts(step)
+            share = counts.examples if self.config.training.loss_average == "sample" else counts.trained_tokens
+            total += share * float(evaluate(params, self._to_devices(batch)))
+            weight += share
+        return total / weight
+
+
+def _agreed(flag: bool) -> bool:
+    """Whether the flag is set in any process, the same answer in all."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+@contextmanager
+def _termination() -> Iterator[Event]:
+    """An event that SIGTERM sets, instead of ending the process."""
+    event = Event()
+
+    def set_event(signum: int, frame: FrameType | None) -> None:
+        event.set()
+
+    previous = signal.signal(signal.SIGTERM, set_event)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _fingerprint(examples: list[Example]) -> str:
+    """A digest of all token ids and masks, by which a resumed run knows its data."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(example.input_ids.tobytes())
+        digest.update(example.loss_mask.tobytes())
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    """Packages and the commit that this run is made with."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "s1jax")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {**versions, "commit": commit or "unknown"}

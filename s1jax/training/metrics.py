@@ -1,0 +1,123 @@
+"""Where the numbers of a run go: always metrics.jsonl, a live line on a terminal, and trackers if configured."""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from s1jax.config import LoggingSection
+from s1jax.jsonl import resume_jsonl, write_lines
+
+
+class Tracker(Protocol):
+    """Something that takes a step's numbers."""
+
+    def log(self, step: int, numbers: dict[str, float]) -> None:
+        """Record the numbers of a step."""
+
+    def close(self) -> None:
+        """Write what is still held back."""
+
+
+class MetricsFile:
+    """metrics.jsonl, one line a step; on resume the lines after the restored step are taken back."""
+
+    def __init__(self, path: Path, first_step: int):
+        """Keep the lines of an earlier run up to `first_step`."""
+        kept = [row for row in resume_jsonl(path) if row["step"] <= first_step]
+        partial = path.with_suffix(".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            write_lines(file, kept)
+        partial.rename(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, numbers: dict[str, float]) -> None:
+        """Append a line; it has reached the operating system when this returns."""
+        write_lines(self._file, [{"step": step, **numbers}])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class LiveLine:
+    """Progress on a terminal, with the numbers of the last step and the time left; nothing where there is none."""
+
+    def __init__(self, first_step: int, total_steps: int):
+        """Show progress from `first_step` to `total_steps`."""
+        self._bar = tqdm(total=total_steps, initial=first_step, disable=None, unit="step", dynamic_ncols=True)
+
+    def log(self, step: int, numbers: dict[str, float]) -> None:
+        """Redraw the line."""
+        if self._bar.disable:
+            return
+        self._bar.set_postfix({name: f"{value:.4g}" for name, value in numbers.items()}, refresh=False)
+        self._bar.n = step
+        self._bar.refresh()
+
+    def close(self) -> None:
+        """Leave the line as it is."""
+        self._bar.close()
+
+
+class TensorBoard:
+    """TensorBoard event files."""
+
+    def __init__(self, directory: Path, first_step: int):
+        """Write to `directory`; TensorBoard hides what an earlier run wrote after `first_step`."""
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory), purge_step=first_step + 1)
+
+    def log(self, step: int, numbers: dict[str, float]) -> None:
+        """Add one scalar for each number."""
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A Weights & Biases run that goes on under the same id after a restart."""
+
+    def __init__(self, project: str, directory: Path, config: dict[str, Any]):
+        """Start or continue the run whose id is kept in `directory`."""
+        import wandb
+
+        id_file = directory / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+        self._run = wandb.init(
+            project=project, id=id_file.read_text(encoding="utf-8"), resume="allow", dir=directory, config=config
+        )
+
+    def log(self, step: int, numbers: dict[str, float]) -> None:
+        """Send the numbers."""
+        self._run.log(numbers, step=step)
+
+    def close(self) -> None:
+        """Send what is held back and end the run."""
+        self._run.finish()
+
+
+def open_trackers(
+    section: LoggingSection, directory: Path, config: dict[str, Any], first_step: int, total_steps: int
+) -> list[Tracker]:
+    """The trackers of a run that goes on after `first_step`.
+
+    Raises ModuleNotFoundError if a tracker's package is not installed (extra `trackers`).
+    """
+    trackers: list[Tracker] = [MetricsFile(directory / "metrics.jsonl", first_step), LiveLine(first_step, total_steps)]
+    if section.tensorboard:
+        trackers.append(TensorBoard(directory / "tensorboard", first_step))
+    if section.wandb_project:
+        trackers.append(WeightsAndBiases(section.wandb_project, directory, config))
+    return trackers
+
+
+def save_provenance(path: Path, config: dict[str, Any], versions: dict[str, str]) -> None:
+    """Write down what the run was made with."""
+    path.write_text(json.dumps({"config": config, "versions": versions}, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,77 @@
+"""The output directory of a run: who may write to it, and whether a run may go on in it."""
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from s1jax.config import TrainConfig, to_dict
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or go on here; the message says why and what to do."""
+
+
+_HARMLESS = (
+    "mesh.",
+    "checkpoint.",
+    "logging.",
+    "model.attention",
+    "model.remat",
+    "training.force",
+    "training.output_dir",
+)
+"""Keys that may change on resume: the same steps are taken with other hardware, or reported elsewhere."""
+
+
+@contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Hold the directory against a second run; the operating system lets go when the process ends, however it ends.
+
+    Raises RunError if another run holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("a") as file:
+        if jax.process_index() == 0:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(
+                    f"{directory}: another run is writing here; wait for it or set training.output_dir"
+                ) from None
+        yield
+
+
+def check_config(directory: Path, config: TrainConfig, fingerprint: str) -> None:
+    """Compare with the configuration (and the data's fingerprint) that the directory's run was started with; save it.
+
+    Differences are printed. Raises RunError if one changes the training and `training.force` is not set.
+    """
+    path = directory / "config.json"
+    current = {**_flat(to_dict(config)), "data fingerprint": fingerprint}
+    if path.is_file():
+        started = json.loads(path.read_text(encoding="utf-8"))
+        changed = [key for key in sorted({*started, *current}) if started.get(key) != current.get(key)]
+        for key in changed:
+            print(f"changed since the run was started: {key}: {started.get(key)} -> {current.get(key)}", flush=True)
+        harmful = [key for key in changed if not key.startswith(_HARMLESS)]
+        if harmful and not config.training.force:
+            raise RunError(
+                f"{directory}: {', '.join(harmful)} changed, which would change the training: "
+                "undo that, use another training.output_dir, or set training.force=true to go on all the same"
+            )
+    if jax.process_index() == 0:
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(current, indent=2) + "\n", encoding="utf-8")
+        partial.rename(path)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat

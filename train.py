@@ -1,0 +1,26 @@
+"""Supervised fine-tuning: python train.py CONFIG.yaml section.key=value ..."""
+
+import os
+import sys
+
+from s1jax.config import TrainConfig, command_line
+
+
+def main(words: list[str]) -> int:
+    """Parse the command line, train, and return the exit status."""
+    config = command_line(TrainConfig, words, "python train.py CONFIG.yaml section.key=value ...")
+    import jax  # Slow to import: --help and mistakes in the keys answer at once.
+
+    from s1jax.training.loop import train
+
+    try:
+        return train(config)
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if jax.process_count() > 1:
+            os._exit(1)  # The orderly way out waits for the other processes, and one of them may be gone.
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
