@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pyarrow import ArrowInvalid, parquet  # type: ignore[import-untyped]  # comes with datasets
+from pyarrow import ArrowInvalid, parquet
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LISTED_PROBLEMS = 20

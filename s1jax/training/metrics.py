@@ -1,6 +1,7 @@
 """Where the numbers of a run go: always metrics.jsonl, a live line on a terminal, and trackers if configured."""
 
 import json
+import secrets
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,7 +90,7 @@ class WeightsAndBiases:
 
         id_file = directory / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+            id_file.write_text(secrets.token_hex(8), encoding="utf-8")
         self._run = wandb.init(
             project=project, id=id_file.read_text(encoding="utf-8"), resume="allow", dir=directory, config=config
         )
