@@ -1,0 +1,1 @@
+"""Decoding: thinking budgets enforced inside the compiled loop."""
