@@ -1,1 +1,1 @@
-"""Inference: scoring and generation."""
+"""Inference: scoring, and generation with thinking budgets enforced inside the compiled loop."""

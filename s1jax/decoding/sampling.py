@@ -1,0 +1,123 @@
+"""Samplers: one token per row from its logits, with the row's own key: no row depends on its batch."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Hashable, so it can be a static argument of a compiled function.
+
+    The filters apply in transformers' order: temperature, top_k, top_p (of what top_k left), min_p.
+    Raises ValueError, with every problem, for values out of range.
+    """
+
+    temperature: float = 0.0
+    """Divides the logits; 0 is greedy, where the filters have no effect."""
+    top_k: int | None = None
+    """Keep the so many most probable ids; of equal ones the lower ids."""
+    top_p: float = 1.0
+    """Keep the smallest set of most probable ids that together have at least this probability."""
+    min_p: float = 0.0
+    """Keep ids with at least this share of the most probable one's probability."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        # Below 1e-6 the scaled logits leave float32's range.
+        if not (self.temperature == 0 or 1e-6 <= self.temperature < math.inf):
+            problems.append(f"temperature: expected 0 or a number of at least 1e-6, found {self.temperature}")
+        if not (self.top_k is None or (type(self.top_k) is int and self.top_k >= 1)):
+            problems.append(f"top_k: expected None or a whole number of at least 1, found {self.top_k!r}")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p: expected more than 0 and at most 1, found {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            problems.append(f"min_p: expected 0 to 1, found {self.min_p}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def request_key(seed: int, request_index: int, sample_index: int) -> Key[Array, ""]:
+    """Return the key of one sample of one request.
+
+    Always threefry, whatever jax's default: under `vmap`, others give a row other numbers in another batch.
+    Raises ValueError for a seed that does not fit 32 bits, which jax would cut in silence.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed: expected 0 to {2**32 - 1}, found {seed}")
+    key = jax.random.key(seed, impl="threefry2x32")
+    return jax.random.fold_in(jax.random.fold_in(key, request_index), sample_index)
+
+
+def step_keys(request_keys: Key[Array, " batch"], positions: Int[Array, " batch"]) -> Key[Array, " batch"]:
+    """Return the key of each row's next draw, that of the token at `positions` in the row's own context."""
+    return jax.vmap(jax.random.fold_in)(request_keys, positions)
+
+
+def sample(
+    logits: Float[Array, "batch vocab"],
+    keys: Key[Array, " batch"],
+    sampling: Sampling,
+    valid: Bool[Array, " vocab"] | Bool[np.ndarray, " vocab"],
+    end_tokens: Int[Array, " ends"] | Int[np.ndarray, " ends"],
+) -> tuple[Int[Array, " batch"], Int[Array, " batch"]]:
+    """Draw two ids per row: one from its distribution, one from the same with `end_tokens` masked.
+
+    The two draws are independent, and only ids that are `valid` come out. The end tokens are masked before
+    the filters, so the filters have other ids to choose from even where they would have left nothing but
+    end tokens. Float32 throughout; `sampling` is static. Which of the two a row takes is for `budget.step`
+    to say.
+    """
+    vocab = logits.shape[-1]
+    logits = jnp.where(valid, logits.astype(jnp.float32), -jnp.inf)
+    is_end = jnp.zeros(vocab, bool).at[end_tokens].set(True)
+    if sampling.temperature == 0:
+        greedy = jnp.argmax(logits, axis=-1)
+        greedy_masked = jnp.argmax(jnp.where(is_end, -jnp.inf, logits), axis=-1)
+        return greedy.astype(jnp.int32), greedy_masked.astype(jnp.int32)
+
+    scores = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
+    ids = None
+    if sampling.top_k is not None or sampling.top_p < 1:
+        # Both draws come from one sort: without the end tokens, the rest is still in order. And however
+        # many of the end tokens are among the first, top_k + ends candidates hold the top_k others.
+        candidates = vocab if sampling.top_k is None else min(sampling.top_k + end_tokens.shape[0], vocab)
+        scores, ids = jax.lax.top_k(scores, candidates)
+        is_end = is_end[ids]
+
+    # Gumbel-max: the arg-max of scores plus Gumbel noise is a draw from their softmax. The "high" mode has
+    # the far tail too, which a vocabulary of 150,000 does reach.
+    size = scores.shape[-1]
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (2, size), jnp.float32, mode="high"))(keys)
+    both = jnp.stack([_filter(scores, sampling), _filter(jnp.where(is_end, -jnp.inf, scores), sampling)], 1)
+    drawn = jnp.argmax(both + noise, axis=-1)
+    if ids is not None:
+        drawn = jnp.take_along_axis(ids, drawn, axis=-1)
+    drawn = drawn.astype(jnp.int32)
+    return drawn[:, 0], drawn[:, 1]
+
+
+def _filter(scores: Float[Array, "batch candidates"], sampling: Sampling) -> Float[Array, "batch candidates"]:
+    """Mask what the filters take away; for top_k and top_p the scores are in falling order, -inf anywhere."""
+    if sampling.top_k is not None:
+        rank = jnp.cumsum(scores > -jnp.inf, axis=-1)
+        scores = jnp.where(rank <= sampling.top_k, scores, -jnp.inf)
+    if sampling.top_p < 1:
+        probabilities = jax.nn.softmax(scores, axis=-1)
+        more_probable = jnp.cumsum(probabilities, axis=-1) - probabilities
+        scores = jnp.where(more_probable < sampling.top_p, scores, -jnp.inf)
+    if sampling.min_p > 0:
+        lowest = scores.max(axis=-1, keepdims=True) + math.log(sampling.min_p)
+        scores = jnp.where(scores >= lowest, scores, -jnp.inf)
+    return scores
+
+
+def token_logprobs(logits: Float[Array, "batch vocab"], ids: Int[Array, " batch"]) -> Float[Array, " batch"]:
+    """Return each id's log-probability under the model itself: no temperature, filter or mask. Float32."""
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
