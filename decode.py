@@ -1,10 +1,11 @@
 """Run a model: python decode.py MODE [CONFIG.yaml] section.key=value ..."""
 
 import sys
+from typing import Any
 
-from s1jax.config import ScoreConfig, command_line
+from s1jax.config import GenerateConfig, ScoreConfig, command_line
 
-MODES = {"score": ScoreConfig}
+MODES = {"generate": GenerateConfig, "score": ScoreConfig}
 
 
 def main(words: list[str]) -> int:
@@ -16,12 +17,21 @@ def main(words: list[str]) -> int:
         print("\npython decode.py MODE --help lists the keys of a mode.")
         return 0 if words in (["--help"], ["-h"]) else 2
     mode, *rest = words
-    config = command_line(MODES[mode], rest, f"python decode.py {mode} [CONFIG.yaml] section.key=value ...")
-    from s1jax.decoding.score import score  # Slow to import: --help and mistakes in the keys answer at once.
+    config: Any = command_line(MODES[mode], rest, f"python decode.py {mode} [CONFIG.yaml] section.key=value ...")
+    # Imported here because it is slow: --help and mistakes in the keys answer at once.
+    from s1jax.compilation_cache import keep_compilations
 
+    keep_compilations()
     try:
-        score(config)
-    except (ValueError, OSError) as error:
+        if isinstance(config, GenerateConfig):
+            from s1jax.decoding.cli import generate
+
+            generate(config)
+        else:
+            from s1jax.decoding.score import score
+
+            score(config)
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -22,6 +22,7 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 # Strict: YAML's `yes` is not the number 1.
 Integer = Annotated[int, Field(strict=True)]
 Positive = Annotated[int, Field(strict=True, ge=1)]
+WholeNumber = Annotated[int, Field(strict=True, ge=0)]
 
 
 class ConfigError(ValueError):
@@ -135,9 +136,7 @@ class MeshSection:
         default=None, description="host:port of process 0, where no scheduler (SLURM, Open MPI, GKE, Cloud TPU) tells"
     )
     num_processes: Positive | None = Field(default=None, description="with coordinator: how many processes there are")
-    process_id: Annotated[int, Field(strict=True, ge=0)] | None = Field(
-        default=None, description="with coordinator: which one this is, from 0"
-    )
+    process_id: WholeNumber | None = Field(default=None, description="with coordinator: which one this is, from 0")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -164,6 +163,56 @@ class TrainConfig:
     optimizer: OptimizerSection = Field(default=OptimizerSection(), description="AdamW")
     checkpoint: CheckpointSection = Field(default=CheckpointSection(), description="checkpoints")
     logging: LoggingSection = Field(default=LoggingSection(), description="metrics")
+    mesh: MeshSection = Field(default=MeshSection(), description="device mesh")
+
+
+@dataclass(frozen=True, config=STRICT)
+class BudgetSection:
+    """How long a row thinks and answers; a prompt's own values win."""
+
+    profile: str = Field(default="s1", description="delimiters: s1, qwen3, deepseek-r1, none, or a YAML file")
+    max_thinking_tokens: WholeNumber | Literal["auto"] | None = Field(
+        default="auto", description="thinking ends after so many; auto: what the context leaves; null: no bound"
+    )
+    min_thinking_tokens: WholeNumber = Field(default=0, description="an earlier end of thinking is drawn again")
+    num_ignore: WholeNumber = Field(default=0, description="so many ends of thinking are replaced by the wait text")
+    wait: str | tuple[str, ...] = Field(default="Wait", description="the wait text, or several to take in turn")
+    max_answer_tokens: WholeNumber | None = Field(default=1024, description="the answer ends after so many; null: eos")
+
+
+@dataclass(frozen=True, config=STRICT)
+class SamplingSection:
+    """How tokens are drawn."""
+
+    temperature: NonNegative = Field(default=0.0, description="0 is greedy")
+    top_p: Fraction = Field(default=1.0, description="keep the likeliest tokens that together have this probability")
+    top_k: Positive | None = Field(default=None, description="keep so many of the likeliest tokens")
+    min_p: Fraction = Field(default=0.0, description="keep tokens with this share of the likeliest one's probability")
+    seed: WholeNumber = Field(default=0, description="of all draws; a row's depend on nothing else but its position")
+    num_samples: Positive = Field(default=1, description="results for each prompt")
+
+
+@dataclass(frozen=True, config=STRICT)
+class GenerateConfig:
+    """python decode.py generate: answers with a thinking budget."""
+
+    model: ModelSection
+    prompts: str | None = Field(
+        default=None,
+        description="JSONL; a line has prompt, messages or input_ids, and optionally id and budget keys of its own",
+    )
+    prompt: str | None = Field(default=None, description="one question, instead of prompts")
+    output: str | None = Field(
+        default=None, description="JSONL to write, which a run started again goes on with; null: to the terminal"
+    )
+    chat_template: bool = Field(default=True, description="wrap a prompt as the user's turn of a chat")
+    budget: BudgetSection = Field(default=BudgetSection(), description="thinking budget")
+    max_total_tokens: Positive | None = Field(
+        default=None, description="prompt and output together; null: the model's context"
+    )
+    sampling: SamplingSection = Field(default=SamplingSection(), description="sampling")
+    batch_size: Positive = Field(default=8, description="rows decoded at once")
+    logprobs: bool = Field(default=False, description="write each output token's log-probability too")
     mesh: MeshSection = Field(default=MeshSection(), description="device mesh")
 
 

@@ -24,6 +24,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     # Activations.
     "batch": ("data", "fsdp"),
     "length": (),
+    "slots": (),
     # Between blocks the residual stream is split along the sequence over the tensor axis, so that what remat
     # keeps is not held once per tensor shard (84 -> 64 GiB for 32B at 32k on 8x2).
     "residual_length": ("tensor",),

@@ -231,9 +231,7 @@ class ThinkingBudget:
         if not (isinstance(texts, tuple) and texts and all(isinstance(text, str) for text in texts)):
             problems.append(f"wait: expected a text, or a tuple of at least one, found {self.wait!r}")
         if self.max_thinking_tokens == "auto" and self.max_answer_tokens is None:
-            problems.append(
-                "max_thinking_tokens: auto needs max_answer_tokens, to know what to leave for the answer"
-            )
+            problems.append("max_thinking_tokens: auto needs max_answer_tokens, to know what to leave for the answer")
         if problems:
             raise ValueError("; ".join(problems))
 

@@ -132,15 +132,11 @@ def load_profile(name_or_path: str | Path) -> DelimiterProfile:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"delimiter profile {path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(
-            f"delimiter profile {path}: expected keys and values, found {type(content).__name__}"
-        )
+        raise ValueError(f"delimiter profile {path}: expected keys and values, found {type(content).__name__}")
     try:
         return TypeAdapter(DelimiterProfile).validate_python({"name": path.stem, **content})
     except ValidationError as error:
-        raise ValueError(
-            "\n  ".join([f"delimiter profile {path}:", *map(_explain, error.errors())])
-        ) from None
+        raise ValueError("\n  ".join([f"delimiter profile {path}:", *map(_explain, error.errors())])) from None
 
 
 def _explain(problem: ErrorDetails) -> str:
@@ -184,9 +180,7 @@ class ProfileIds:
     """Ids that the tokenizer has; the others, padding rows of the model's vocabulary, are never emitted."""
 
 
-def tokenize_profile(
-    profile: DelimiterProfile, tokenizer: PreTrainedTokenizerBase, vocab_size: int
-) -> ProfileIds:
+def tokenize_profile(profile: DelimiterProfile, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> ProfileIds:
     """Tokenise each delimiter once.
 
     `vocab_size` is the model's (the length of its logits), which may be larger than the tokenizer's.
@@ -206,9 +200,7 @@ def tokenize_profile(
     def encode_single(key: str, text: str) -> int:
         ids = encode(key, text)
         if len(ids) > 1:
-            problems.append(
-                f"{key}: {text!r} is {len(ids)} ids in this tokenizer, {list(ids)}; it must be one"
-            )
+            problems.append(f"{key}: {text!r} is {len(ids)} ids in this tokenizer, {list(ids)}; it must be one")
         return ids[0] if ids else -1
 
     eos = tuple(encode_single("eos", text) for text in profile.eos)
@@ -221,9 +213,7 @@ def tokenize_profile(
         after_newline = encode("budget_end", "\n" + profile.budget_end)
     if problems:
         raise ValueError(
-            "\n  ".join(
-                [f"delimiter profile {profile.name!r} does not fit the tokenizer:", *dict.fromkeys(problems)]
-            )
+            "\n  ".join([f"delimiter profile {profile.name!r} does not fit the tokenizer:", *dict.fromkeys(problems)])
         )
 
     known = sorted(i for i in tokenizer.get_vocab().values() if i < vocab_size)
@@ -255,7 +245,8 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) 
     Raises ValueError when the tokenizer does not know a piece of it, or the model has no row for an id.
     """
     ids = tuple(tokenizer.encode(text, add_special_tokens=False))
-    if (text and not ids) or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids):
+    # Not by the unknown token's id: Qwen's is <|endoftext|>, which is a delimiter itself.
+    if tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False) != text:
         raise ValueError(f"the tokenizer does not know {text!r}")
     outside = [i for i in ids if i >= vocab_size]
     if outside:
@@ -294,7 +285,5 @@ def prepare_prompt(prompt_ids: Sequence[int], ids: ProfileIds) -> PreparedPrompt
             after = begin + len(delimiter)
             if prompt[begin:after] == delimiter and last_end < after:
                 thinking = prompt[after:]
-                return PreparedPrompt(
-                    prompt, len(thinking), bool(thinking) and bool(ids.ends_in_newline[thinking[-1]])
-                )
+                return PreparedPrompt(prompt, len(thinking), bool(thinking) and bool(ids.ends_in_newline[thinking[-1]]))
     return PreparedPrompt(prompt + ids.start, 0, False)

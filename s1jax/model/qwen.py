@@ -113,13 +113,13 @@ class Attention(nnx.Module):
         else:
             rows = jnp.arange(x.shape[0])[:, None]
             cache = KVCache(
-                cache.keys.at[layer, rows, inputs.positions].set(key.astype(cache.keys.dtype)),
-                cache.values.at[layer, rows, inputs.positions].set(value.astype(cache.values.dtype)),
+                cache.keys.at[layer, rows, inputs.positions].set(key),
+                cache.values.at[layer, rows, inputs.positions].set(value),
             )
             context = attention(
                 query,
-                cache.keys[layer].astype(x.dtype),
-                cache.values[layer].astype(x.dtype),
+                cache.keys[layer],
+                cache.values[layer],
                 query_index=inputs.positions,
                 implementation=self.implementation,
             )
@@ -246,11 +246,12 @@ class Qwen:
 
         return jax.jit(make, out_shardings=shardings if mesh else None)(key)
 
-    def init_cache(self, batch: int, slots: int, dtype: DTypeLike | None = None) -> KVCache:
-        """An empty cache for `batch` rows of up to `slots` tokens."""
+    def init_cache(self, batch: int, slots: int) -> KVCache:
+        """An empty cache for `batch` rows of up to `slots` tokens, rows and heads spread over the mesh in use."""
         config = self.config
         shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
-        return KVCache(jnp.zeros(shape, dtype or self.dtype), jnp.zeros(shape, dtype or self.dtype))
+        axes = ("layers", "batch", "slots", "kv_heads", "head_dim")
+        return KVCache(*(constrain(jnp.zeros(shape, self.dtype), *axes) for _ in KVCache._fields))
 
     def hidden_states(
         self,

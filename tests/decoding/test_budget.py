@@ -132,9 +132,7 @@ def step_by_step(params, state, tables, draws):
     output_ids, forced_flags = nothing_written()
     for _ in range(POSITIONS):
         before, done = state, np.asarray(state.phase) == Phase.DONE
-        state, output_ids, forced_flags = compiled_step(
-            params, before, tables, draws, output_ids, forced_flags
-        )
+        state, output_ids, forced_flags = compiled_step(params, before, tables, draws, output_ids, forced_flags)
         for old, new in zip(before, state, strict=True):
             np.testing.assert_array_equal(np.asarray(old)[done], np.asarray(new)[done])
     return state, output_ids, forced_flags
@@ -437,9 +435,7 @@ def assert_invariants(row: Row, ids: ProfileIds, result: reference.Result) -> No
         assert result.finish_reason != "context" or budget.max_answer_tokens is None
     sampled_thinking = [t for t, f in zip(result.output_ids[:thinking], result.forced, strict=False) if not f]
     assert not set(result.output_ids[:thinking]) & set(ids.end_tokens)
-    assert (
-        len(result.output_ids) == len(sampled_thinking) + result.num_forced_tokens + result.num_answer_tokens
-    )
+    assert len(result.output_ids) == len(sampled_thinking) + result.num_forced_tokens + result.num_answer_tokens
     assert result.num_waits <= budget.num_ignore
     assert len(prompt.prompt_ids) + len(result.output_ids) <= (budget.max_total_tokens or CONTEXT_LENGTH)
     if result.thinking_end in ("natural", "eos") and budget.max_thinking_tokens is None:
@@ -465,9 +461,7 @@ def test_a_sampling_model_follows_the_reference_in_any_batch(sampling):
     prepared = [prepare_prompt(prompt, ids) for prompt in prompts]
 
     def draw(last_tokens, keys, positions):
-        return sample(
-            jnp.asarray(table)[last_tokens], step_keys(keys, positions), sampling, ids.valid, end_tokens
-        )
+        return sample(jnp.asarray(table)[last_tokens], step_keys(keys, positions), sampling, ids.valid, end_tokens)
 
     @jax.jit
     def generate(params, state, keys, last_tokens):

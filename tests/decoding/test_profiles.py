@@ -112,9 +112,7 @@ def test_unknown_pieces_are_refused():
 
 
 def test_ids_past_the_models_vocabulary_are_refused(qwen_like):
-    with pytest.raises(
-        ValueError, match=r"end_tokens: '</think>' has ids \[\d+\], but the model's vocabulary"
-    ):
+    with pytest.raises(ValueError, match=r"end_tokens: '</think>' has ids \[\d+\], but the model's vocabulary"):
         tokenize_profile(PROFILES["qwen3"], qwen_like, len(qwen_like) - 1)
 
 
@@ -241,7 +239,5 @@ def test_every_problem_of_a_file_is_reported_with_its_name(tmp_path, text, probl
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(
-        FileNotFoundError, match=r"'s2': neither a built-in one \(s1, qwen3, deepseek-r1, none\)"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"'s2': neither a built-in one \(s1, qwen3, deepseek-r1, none\)"):
         load_profile("s2")

@@ -1,0 +1,304 @@
+"""The host's half of decoding: prompts wait, rows take their places in the batch, results leave as they finish."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.errors import JaxRuntimeError
+from transformers import PreTrainedTokenizerBase
+
+from s1jax.decoding.budget import (
+    FinishReason,
+    Phase,
+    ThinkingBudget,
+    ThinkingEnd,
+    build_tables,
+    resolve_max_thinking_tokens,
+    start_rows,
+)
+from s1jax.decoding.loop import Chunk, Rows, Shared, decode_chunk, empty_cache, grow, insert, prefill
+from s1jax.decoding.profiles import PreparedPrompt, ProfileIds
+from s1jax.decoding.sampling import Sampling, request_key
+from s1jax.mesh import batch_shards
+from s1jax.model.load import LoadedModel
+from s1jax.model.qwen import KVCache
+
+STEPS_PER_CHUNK = 32
+"""Decode steps between two looks of the host at the rows."""
+_SHORTEST_BUCKET = 128
+
+
+class OutOfMemoryError(RuntimeError):
+    """The device could not hold the batch; the message says what was tried and what to lower."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample to generate: a prompt with its start delimiter, its budget, and what its randomness comes from."""
+
+    prompt: PreparedPrompt
+    budget: ThinkingBudget
+    index: int
+    """Of the prompt in its run, from 0; with `sample` and the seed it determines every draw."""
+    sample: int = 0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The result of one request; the names are those of the output file."""
+
+    prompt_ids: list[int]
+    """What the model was given, start delimiter included."""
+    output_ids: list[int]
+    """All that follows, without the eos that ended the answer."""
+    forced: list[bool]
+    """Of each output id, whether the budget wrote it instead of the model."""
+    text: str
+    """The output ids decoded at once."""
+    thinking: str
+    answer: str
+    """What follows the end of thinking, a forced "Final Answer:" included."""
+    num_thinking_tokens: int
+    num_answer_tokens: int
+    num_forced_tokens: int
+    num_waits: int
+    thinking_end: str | None
+    """natural, eos, budget or context; None for a profile without thinking, or a row cut short while thinking."""
+    finish_reason: str | None
+    """stop, length or context."""
+    logprobs: list[float] | None
+    """Of each output id under the model's own distribution, forced ones too; None unless asked for."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """New tokens of a request that is not finished."""
+
+    request: Request
+    output_ids: list[int]
+    forced: list[bool]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A request's result."""
+
+    request: Request
+    generation: Generation
+
+
+class _Slot:
+    """A row of the batch while a request occupies it."""
+
+    def __init__(self, request: Request):
+        self.request = request
+        self.output_ids: list[int] = []
+        self.forced: list[bool] = []
+        self.logprobs: list[float] = []
+
+    def take(self, chunk: Chunk, row: int) -> Progress:
+        """Keep what a chunk wrote in this row."""
+        written = chunk.written[:, row]
+        new_ids = chunk.tokens[written, row].tolist()
+        new_forced = chunk.forced[written, row].tolist()
+        self.output_ids += new_ids
+        self.forced += new_forced
+        self.logprobs += chunk.logprobs[written, row].tolist()
+        return Progress(self.request, new_ids, new_forced)
+
+
+class Generator:
+    """Generates for any number of requests, `batch_size` at a time."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        profile: ProfileIds,
+        sampling: Sampling,
+        *,
+        seed: int = 0,
+        batch_size: int = 8,
+        logprobs: bool = False,
+    ):
+        """Settings of a run; `batch_size` is rounded up to what the mesh divides."""
+        self._loaded, self._tokenizer, self._profile = loaded, tokenizer, profile
+        self._sampling, self._seed, self._logprobs = sampling, seed, logprobs
+        self._batch = batch_size + -batch_size % batch_shards(loaded.mesh)
+        self._context = loaded.model.config.max_position_embeddings
+
+    def problems(self, request: Request) -> list[str]:
+        """Why a request cannot be run: no prompt, or no room to answer."""
+        if not request.prompt.prompt_ids:
+            return ["the prompt is empty"]
+        try:
+            resolve_max_thinking_tokens(request.budget, request.prompt, self._profile, self._context)
+        except ValueError as error:
+            return [str(error)]
+        return []
+
+    def compilations(self, requests: Sequence[Request]) -> int:
+        """At most how many programs these requests need: prompt buckets, cache buckets, and moves between them."""
+        prompts = {bucket(len(r.prompt.prompt_ids), self._context) for r in requests}
+        shortest = min((bucket(p + STEPS_PER_CHUNK, self._context) for p in prompts), default=0)
+        longest = max((self._limit(r) for r in requests), default=0)
+        caches = {bucket(n, self._context) for n in range(shortest, bucket(longest, self._context) + 1)} - {0}
+        # One prefill for each prompt bucket; for each cache bucket its decode loop, growth, and insertions.
+        return len(prompts) + len(caches) * (2 + len(prompts))
+
+    def _limit(self, request: Request) -> int:
+        """The longest that a request's context can get, in tokens."""
+        budget, prompt = request.budget, len(request.prompt.prompt_ids)
+        limit = min(self._context, budget.max_total_tokens or self._context)
+        if budget.max_answer_tokens is None:
+            return limit
+        thinking, _ = resolve_max_thinking_tokens(budget, request.prompt, self._profile, self._context)
+        return min(limit, prompt + thinking + len(self._profile.budget_end_with_newline) + budget.max_answer_tokens)
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Progress | Finished]:
+        """Generate, yielding what each chunk wrote and each result as soon as it is there, in no fixed order.
+
+        Raises ValueError for requests that `problems` would have named, OutOfMemoryError if the device is full.
+        """
+        requests = list(requests)
+        tables, wait_starts = build_tables(self._profile, [r.budget for r in requests], self._tokenizer)
+        shared = Shared(
+            tables, jnp.asarray(self._profile.valid), jnp.asarray(self._profile.end_tokens or (0,), jnp.int32)
+        )
+        waiting = deque(requests)
+        slots: list[_Slot | None] = [None] * self._batch
+        rows = self._start([], wait_starts)
+        cache: KVCache | None = None
+        try:
+            with jax.set_mesh(self._loaded.mesh):
+                while waiting or any(slots):
+                    for row in range(self._batch):
+                        if slots[row] is None and waiting:
+                            request = waiting.popleft()
+                            slots[row] = _Slot(request)
+                            _set_row(rows, row, self._start([request], wait_starts))
+                            cache = self._admit(cache, row, request)
+                    assert cache is not None
+                    cache = self._with_room(cache, rows)
+                    cache, state, last_token, chunk = decode_chunk(
+                        self._loaded.model,
+                        self._sampling,
+                        STEPS_PER_CHUNK,
+                        self._logprobs,
+                        self._loaded.params,
+                        shared,
+                        cache,
+                        jax.device_put(rows),
+                    )
+                    state, last_token, chunk = jax.device_get((state, last_token, chunk))
+                    # Copies: arrays that come from a device cannot be written to.
+                    rows = rows._replace(state=jax.tree.map(np.array, state), last_token=np.array(last_token))
+                    for row, slot in enumerate(slots):
+                        if slot is None:
+                            continue
+                        yield slot.take(chunk, row)
+                        if state.phase[row] == Phase.DONE:
+                            yield Finished(slot.request, self._result(slot, rows, row))
+                            slots[row] = None
+        except JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            size = f"{self._batch} rows x {cache.keys.shape[2]} cache slots" if cache else f"{self._batch} rows"
+            raise OutOfMemoryError(
+                f"out of device memory with {size} in {self._loaded.model.config.num_hidden_layers} layers: "
+                "lower batch_size, budget.max_thinking_tokens or max_total_tokens, or raise mesh.tensor"
+            ) from error
+
+    def _start(self, requests: Sequence[Request], wait_starts: dict[tuple[str, ...], int]) -> Rows:
+        """The rows of these requests before their first step, and finished ones up to the batch's size."""
+        params, state = start_rows(
+            [r.budget for r in requests],
+            [r.prompt for r in requests],
+            self._profile,
+            wait_starts,
+            self._context,
+            self._batch,
+        )
+        # A row without a request has a context of one padding token, so that its position is in the cache.
+        state.length[len(requests) :] = 1
+        rows = Rows(state, params, np.zeros(self._batch, np.int32), np.zeros((self._batch, 2), np.uint32))
+        for row, request in enumerate(requests):
+            rows.last_token[row] = request.prompt.prompt_ids[-1]
+            rows.key_data[row] = jax.random.key_data(request_key(self._seed, request.index, request.sample))
+        return rows
+
+    def _admit(self, cache: KVCache | None, row: int, request: Request) -> KVCache:
+        prompt_ids = request.prompt.prompt_ids
+        padded = np.zeros(bucket(len(prompt_ids), self._context), np.int32)
+        padded[: len(prompt_ids)] = prompt_ids
+        if cache is None:
+            cache = empty_cache(self._loaded.model, self._batch, len(padded))
+        elif cache.keys.shape[2] < len(padded):
+            cache = grow(cache, len(padded))
+        prompt = prefill(self._loaded.model, self._loaded.params, jnp.asarray(padded))
+        return insert(cache, prompt, jnp.int32(row))
+
+    def _with_room(self, cache: KVCache, rows: Rows) -> KVCache:
+        """The cache, grown if one of the rows at work could outgrow it within a chunk."""
+        active = rows.state.phase != Phase.DONE
+        needed = np.where(active, np.minimum(rows.state.length + STEPS_PER_CHUNK, rows.params.max_total_tokens), 1)
+        slots = bucket(int(needed.max()), self._context)
+        return grow(cache, slots) if slots > cache.keys.shape[2] else cache
+
+    def _result(self, slot: _Slot, rows: Rows, row: int) -> Generation:
+        state, prompt = rows.state, slot.request.prompt
+        output_ids, forced = slot.output_ids, slot.forced
+        before = prompt.num_thinking_tokens
+        thought = int(state.num_thinking_tokens[row]) - before
+        thinking_ids = [*prompt.prompt_ids[len(prompt.prompt_ids) - before :], *output_ids[:thought]]
+        if self._profile.profile.thinks:
+            answer = self._answer(output_ids[thought:], forced[thought:])
+        else:
+            answer = self._decode(output_ids)
+        return Generation(
+            prompt_ids=list(prompt.prompt_ids),
+            output_ids=output_ids,
+            forced=forced,
+            text=self._decode(output_ids),
+            thinking=self._decode(thinking_ids),
+            answer=answer,
+            num_thinking_tokens=int(state.num_thinking_tokens[row]),
+            num_answer_tokens=int(state.num_answer_tokens[row]),
+            num_forced_tokens=sum(forced),
+            num_waits=int(state.num_waits[row]),
+            thinking_end=ThinkingEnd(int(state.thinking_end[row])).reported,
+            finish_reason=FinishReason(int(state.finish_reason[row])).reported,
+            logprobs=slot.logprobs if self._logprobs else None,
+        )
+
+    def _answer(self, ids: Sequence[int], forced: Sequence[bool]) -> str:
+        """The answer's text, from what follows the thinking: a forced delimiter, then sampled tokens."""
+        sampled = next((i for i, flag in enumerate(forced) if not flag), len(forced))
+        delimiter = self._profile.profile.end
+        if delimiter in self._decode(ids[:sampled]):
+            return self._decode(ids).partition(delimiter)[2]
+        return self._decode(ids[sampled:])
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text: Any = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+
+def bucket(length: int, limit: int) -> int:
+    """The size of cache or padded prompt for this many tokens: a power of two or 3/4 of one, at most `limit`."""
+    size = _SHORTEST_BUCKET
+    while size < length:
+        size *= 2
+    if size > _SHORTEST_BUCKET and length <= size * 3 // 4:
+        size = size * 3 // 4
+    return min(size, limit)
+
+
+def _set_row(rows: Rows, row: int, one: Rows) -> None:
+    """Copy the first row of `one` into a row of the batch."""
+    for target, source in zip(jax.tree.leaves(rows), jax.tree.leaves(one), strict=True):
+        target[row] = source[0]

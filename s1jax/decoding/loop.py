@@ -1,0 +1,133 @@
+"""The compiled half of decoding: prefill into a cache, and a chunk of steps with budget forcing inside the graph.
+
+Between the start and the end of a chunk nothing returns to the host: sampling, the automaton and the cache live in one
+`lax.while_loop`.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from s1jax.decoding.budget import Phase, RowParams, RowState, Tables, step
+from s1jax.decoding.sampling import Sampling, sample, step_keys, token_logprobs
+from s1jax.mesh import constrain
+from s1jax.model.qwen import KVCache, Params, Qwen
+
+CACHE_AXES = ("layers", "batch", "slots", "kv_heads", "head_dim")
+
+
+class Rows(NamedTuple):
+    """The rows of a batch between chunks; small, and handed over by the host each time."""
+
+    state: RowState
+    params: RowParams
+    last_token: Int[Any, " batch"]
+    """The last token of each row's context; its keys and values are not in the cache yet."""
+    key_data: Int[Any, "batch two"]
+    """Each row's request key (`sampling.request_key`), as raw threefry data."""
+
+
+class Shared(NamedTuple):
+    """What all rows of a run share, beside the model's parameters."""
+
+    tables: Tables
+    valid: Bool[Array, " vocab"]
+    end_tokens: Int[Array, " ends"]
+
+
+class Chunk(NamedTuple):
+    """What the steps of one chunk wrote; a step that wrote nothing in a row has `written` False there."""
+
+    tokens: Int[Array, "steps batch"]
+    forced: Bool[Array, "steps batch"]
+    written: Bool[Array, "steps batch"]
+    logprobs: Float[Array, "steps batch"]
+    """Under the model itself, forced tokens too; zeros unless asked for."""
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def empty_cache(model: Qwen, batch: int, slots: int) -> KVCache:
+    """A cache for `batch` rows of `slots` tokens."""
+    return model.init_cache(batch, slots)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def prefill(model: Qwen, params: Params, prompt_ids: Int[Array, " slots"]) -> KVCache:
+    """The cache of one prompt, a batch of 1 with as many slots as the padded prompt.
+
+    Always one row, so that a row's numbers do not depend on those it came with. What padding leaves in its slots is out
+    of sight, and overwritten before the row gets there.
+    """
+    slots = prompt_ids.shape[0]
+    positions = jnp.arange(slots)[None]
+    _, cache = model.hidden_states(params, prompt_ids[None], positions, cache=model.init_cache(1, slots))
+    assert cache is not None
+    return cache
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def insert(cache: KVCache, prompt: KVCache, row: Int[Array, ""]) -> KVCache:
+    """Put one prefilled prompt into a row of the batch's cache, which is reused."""
+
+    def put(whole: Array, part: Array) -> Array:
+        return constrain(jax.lax.dynamic_update_slice_in_dim(whole, _fit(part, whole.shape[2]), row, 1), *CACHE_AXES)
+
+    return jax.tree.map(put, cache, prompt)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def grow(cache: KVCache, slots: int) -> KVCache:
+    """A cache of more slots with the same content."""
+    return jax.tree.map(lambda x: constrain(_fit(x, slots), *CACHE_AXES), cache)
+
+
+def _fit(x: Float[Array, "layers batch slots kv_heads head_dim"], slots: int) -> Array:
+    """Cut off or append empty slots; what is cut off is padding."""
+    x = x[:, :, :slots]
+    return jnp.pad(x, [(0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0), (0, 0)])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(6,))
+def decode_chunk(
+    model: Qwen,
+    sampling: Sampling,
+    steps: int,
+    with_logprobs: bool,
+    params: Params,
+    shared: Shared,
+    cache: KVCache,
+    rows: Rows,
+) -> tuple[KVCache, RowState, Int[Array, " batch"], Chunk]:
+    """Take up to `steps` steps, fewer if every row finishes; the cache is updated in place.
+
+    The cache must have room for `steps` more tokens in each row that is not finished. Returns the cache, the rows'
+    states and last tokens, and what was written.
+    """
+    batch = rows.last_token.shape[0]
+    keys = jax.random.wrap_key_data(rows.key_data, impl="threefry2x32")
+    nothing = jnp.zeros((steps, batch), jnp.int32)
+    chunk = Chunk(nothing, nothing > 0, nothing > 0, nothing.astype(jnp.float32))
+
+    def more(carry: tuple[Array, KVCache, RowState, Array, Chunk]) -> Bool[Array, ""]:
+        taken, _, state, _, _ = carry
+        return (taken < steps) & jnp.any(state.phase != Phase.DONE)
+
+    def take(carry: tuple[Array, KVCache, RowState, Array, Chunk]) -> tuple[Array, KVCache, RowState, Array, Chunk]:
+        taken, cache, state, last_token, chunk = carry
+        positions = (state.length - 1)[:, None]
+        hidden, new_cache = model.hidden_states(params, last_token[:, None], positions, cache=cache)
+        assert new_cache is not None
+        logits = constrain(model.logits(params, hidden[:, 0]), "batch", "vocab")
+        drawn, drawn_masked = sample(logits, step_keys(keys, state.length), sampling, shared.valid, shared.end_tokens)
+        state, token, forced, written = step(state, rows.params, shared.tables, drawn, drawn_masked)
+        logprobs = token_logprobs(logits, token) if with_logprobs else jnp.zeros(batch)
+        now = Chunk(token, forced, written, logprobs)
+        chunk = jax.tree.map(lambda all_steps, this: all_steps.at[taken].set(this), chunk, now)
+        return taken + 1, new_cache, state, jnp.where(written, token, last_token), chunk
+
+    start = (jnp.zeros((), jnp.int32), cache, rows.state, rows.last_token, chunk)
+    _, cache, state, last_token, chunk = jax.lax.while_loop(more, take, start)
+    return cache, state, last_token, chunk

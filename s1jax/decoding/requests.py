@@ -1,0 +1,129 @@
+"""Prompts as a person writes them, made into requests: checked as a whole before anything is computed."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from transformers import PreTrainedTokenizerBase
+
+from s1jax.config import BudgetSection
+from s1jax.decoding.budget import ThinkingBudget, build_tables
+from s1jax.decoding.profiles import ProfileIds
+from s1jax.jsonl import InputError, read_jsonl
+
+Messages = list[dict[str, str]]
+
+ROW_BUDGET_KEYS = ("max_thinking_tokens", "min_thinking_tokens", "num_ignore", "wait", "max_answer_tokens")
+_PROMPT_KEYS = ("prompt", "messages", "input_ids")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a prompts file: what to show again in the output, its ids, and its budget."""
+
+    id: Any
+    given: str | Messages | list[int]
+    input_ids: list[int]
+    budget: ThinkingBudget
+
+
+def encode_prompt(
+    given: str | Messages | list[int], tokenizer: PreTrainedTokenizerBase, chat_template: bool
+) -> list[int]:
+    """The ids of a prompt: text (as the user's turn if `chat_template`), messages, or ids as they are."""
+    messages: Any = given
+    if isinstance(given, str):
+        if not chat_template:
+            return list(tokenizer(given, add_special_tokens=False).input_ids)
+        messages = [{"role": "user", "content": given}]
+    elif not isinstance(given[0], dict):
+        return [int(i) for i in messages]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def thinking_budget(section: BudgetSection, max_total_tokens: int | None) -> ThinkingBudget:
+    """The budget that the configuration gives to every row.
+
+    Raises ValueError, with every problem.
+    """
+    return ThinkingBudget(**{key: getattr(section, key) for key in ROW_BUDGET_KEYS}, max_total_tokens=max_total_tokens)
+
+
+def read_prompts(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    profile: ProfileIds,
+    default: ThinkingBudget,
+    *,
+    chat_template: bool,
+) -> list[Prompt]:
+    """Read a JSONL file of prompts; a row's own budget keys win over `default`.
+
+    Raises InputError listing every line that cannot be used.
+    """
+    problems: list[str] = []
+    prompts: list[Prompt] = []
+    lines_by_id: dict[str, int] = {}
+    for line, row in read_jsonl(path, problems).items():
+        reasons: list[str] = []
+        given = _given(row, reasons)
+        input_ids = encode_prompt(given, tokenizer, chat_template) if given else []
+        outside = [i for i in input_ids if not 0 <= i < len(profile.valid) or not profile.valid[i]]
+        if outside:
+            reasons.append(f"ids {outside[:5]} are not the tokenizer's")
+        budget = _row_budget(row, default, profile, tokenizer, reasons)
+        prompt_id = row.get("id", len(prompts))
+        first = lines_by_id.setdefault(repr(prompt_id), line)
+        if first != line:
+            reasons.append(f"id {prompt_id!r} is that of line {first} too")
+        problems += [f"line {line}: {reason}" for reason in reasons]
+        if not reasons and budget is not None:
+            prompts.append(Prompt(prompt_id, given, input_ids, budget))
+    if problems:
+        raise InputError(path, problems)
+    return prompts
+
+
+def _given(row: dict[str, Any], reasons: list[str]) -> Any:
+    present = [key for key in _PROMPT_KEYS if row.get(key) is not None]
+    if len(present) != 1:
+        found = f"found {' and '.join(present)}" if present else f"found {sorted(row) or 'an empty object'}"
+        reasons.append(f"expected one of prompt, messages and input_ids, {found}")
+        return None
+    kind: Any = {"prompt": str, "messages": Messages, "input_ids": list[int]}[present[0]]
+    try:
+        given: Any = TypeAdapter(kind).validate_python(row[present[0]], strict=True)
+    except ValidationError as error:
+        reasons.append(f"{present[0]}: {error.errors()[0]['msg']}")
+        return None
+    if not given or (isinstance(given, str) and not given.strip()):
+        reasons.append(f"{present[0]} is empty")
+        return None
+    if present[0] == "messages":
+        missing = [key for message in given for key in ("role", "content") if key not in message]
+        if missing:
+            reasons.append(f"messages: a message has no {missing[0]}")
+            return None
+    return given
+
+
+def _row_budget(
+    row: dict[str, Any],
+    default: ThinkingBudget,
+    profile: ProfileIds,
+    tokenizer: PreTrainedTokenizerBase,
+    reasons: list[str],
+) -> ThinkingBudget | None:
+    own: dict[str, Any] = {
+        key: tuple(row[key]) if isinstance(row[key], list) else row[key] for key in ROW_BUDGET_KEYS if key in row
+    }
+    try:
+        budget = replace(default, **own)
+        if "wait" in own:
+            build_tables(profile, [budget], tokenizer)
+    except ValueError as error:
+        reasons.append(str(error))
+        return None
+    return budget
