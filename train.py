@@ -11,8 +11,10 @@ def main(words: list[str]) -> int:
     config = command_line(TrainConfig, words, "python train.py CONFIG.yaml section.key=value ...")
     import jax  # Slow to import: --help and mistakes in the keys answer at once.
 
+    from s1jax.compilation_cache import keep_compilations
     from s1jax.training.loop import train
 
+    keep_compilations()
     try:
         return train(config)
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
