@@ -3,9 +3,9 @@
 import sys
 from typing import Any
 
-from s1jax.config import GenerateConfig, ScoreConfig, command_line
+from s1jax.config import BenchmarkConfig, GenerateConfig, ScoreConfig, command_line
 
-MODES = {"generate": GenerateConfig, "score": ScoreConfig}
+MODES = {"generate": GenerateConfig, "score": ScoreConfig, "benchmark": BenchmarkConfig}
 
 
 def main(words: list[str]) -> int:
@@ -27,6 +27,10 @@ def main(words: list[str]) -> int:
             from s1jax.decoding.cli import generate
 
             generate(config)
+        elif isinstance(config, BenchmarkConfig):
+            from s1jax.decoding.benchmark import benchmark
+
+            benchmark(config)
         else:
             from s1jax.decoding.score import score
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
@@ -213,6 +213,35 @@ class GenerateConfig:
     sampling: SamplingSection = Field(default=SamplingSection(), description="sampling")
     batch_size: Positive = Field(default=8, description="rows decoded at once")
     logprobs: bool = Field(default=False, description="write each output token's log-probability too")
+    mesh: MeshSection = Field(default=MeshSection(), description="device mesh")
+
+
+def _split(value: Any) -> Any:
+    """`1,8,32` on the command line is a list."""
+    if isinstance(value, str):
+        return [int(part) if part.strip().isdecimal() else part for part in value.split(",")]
+    return [value] if isinstance(value, int) else value
+
+
+@dataclass(frozen=True, config=STRICT)
+class BenchmarkSection:
+    """What decoding is measured on."""
+
+    batch_sizes: Annotated[tuple[Positive, ...], BeforeValidator(_split)] = Field(
+        default=(1, 8, 32), description="rows decoded at once, each measured in turn; as 1,8,32"
+    )
+    prompt_length: Positive = Field(default=128, description="tokens of each prompt")
+    new_tokens: Positive = Field(default=128, description="tokens generated in each row")
+    repeats: Positive = Field(default=3, description="runs of each measurement, of which the median counts")
+    output: str | None = Field(default=None, description="JSON file to write")
+
+
+@dataclass(frozen=True, config=STRICT)
+class BenchmarkConfig:
+    """python decode.py benchmark: speed of prefill and decoding; a config.json alone is enough."""
+
+    model: ModelSection
+    benchmark: BenchmarkSection = Field(default=BenchmarkSection(), description="measurements")
     mesh: MeshSection = Field(default=MeshSection(), description="device mesh")
 
 

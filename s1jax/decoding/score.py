@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from s1jax.config import ScoreConfig
 from s1jax.jsonl import InputError, read_jsonl, resume_jsonl, write_lines
@@ -37,9 +37,8 @@ def score(config: ScoreConfig) -> None:
     Raises InputError listing the rows that cannot be scored, before anything is computed.
     """
     loaded = load_model(config.model, config.mesh)
-    tokenizer = AutoTokenizer.from_pretrained(loaded.directory)
     limit = config.max_length or loaded.model.config.max_position_embeddings
-    rows = _read_rows(Path(config.input), tokenizer, loaded.model.config.vocab_size, limit)
+    rows = _read_rows(Path(config.input), loaded.tokenizer, loaded.model.config.vocab_size, limit)
     output = Path(config.output)
     done = resume_jsonl(output)
     if [row["id"] for row in done] != [row.id for row in rows[: len(done)]]:

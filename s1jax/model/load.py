@@ -1,10 +1,12 @@
 """From the `model` and `mesh` sections of a configuration to a model on its devices."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from s1jax.config import MeshSection, ModelSection
 from s1jax.mesh import make_mesh
@@ -21,6 +23,11 @@ class LoadedModel:
     params: Params
     mesh: Mesh
     directory: Path
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The directory's tokenizer."""
+        return AutoTokenizer.from_pretrained(self.directory)
 
 
 def build_model(section: ModelSection, directory: Path, *, param_dtype: str, remat: Remat = "none") -> Qwen:

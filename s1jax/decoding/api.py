@@ -1,0 +1,59 @@
+"""Generation from Python: `from s1jax import ThinkingBudget, generate, load`."""
+
+from collections.abc import Sequence
+
+from s1jax.config import MeshSection, ModelSection
+from s1jax.decoding.budget import ThinkingBudget
+from s1jax.decoding.generate import Finished, Generation, Generator, Request
+from s1jax.decoding.profiles import DelimiterProfile, load_profile, prepare_prompt, tokenize_profile
+from s1jax.decoding.requests import Messages, encode_prompt
+from s1jax.decoding.sampling import Sampling
+from s1jax.model.load import LoadedModel, load_model
+
+DEFAULT_BUDGET = ThinkingBudget(max_thinking_tokens="auto", max_answer_tokens=1024)
+
+
+def load(model: ModelSection | str, mesh: MeshSection | None = None) -> LoadedModel:
+    """Read a model from a directory or hub id onto this process's devices, in bfloat16 unless the section says else.
+
+    Raises FileNotFoundError, UnsupportedConfigError, CheckpointError or MeshError.
+    """
+    section = ModelSection(path=model) if isinstance(model, str) else model
+    return load_model(section, mesh or MeshSection())
+
+
+def generate(
+    loaded: LoadedModel,
+    prompts: Sequence[str | Messages | list[int]],
+    budget: ThinkingBudget | Sequence[ThinkingBudget] = DEFAULT_BUDGET,
+    *,
+    profile: str | DelimiterProfile = "s1",
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    chat_template: bool = True,
+    logprobs: bool = False,
+) -> list[Generation]:
+    """Generate for each prompt (a question, chat messages, or token ids), with one budget for all or one for each.
+
+    Results are in the order of the prompts. Raises ValueError with every prompt that cannot be run.
+    """
+    budgets = [budget] * len(prompts) if isinstance(budget, ThinkingBudget) else list(budget)
+    if len(budgets) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts, but {len(budgets)} budgets")
+    tokenizer = loaded.tokenizer
+    delimiters = load_profile(profile) if isinstance(profile, str) else profile
+    ids = tokenize_profile(delimiters, tokenizer, loaded.model.config.vocab_size)
+    requests = [
+        Request(prepare_prompt(encode_prompt(prompt, tokenizer, chat_template), ids), own, index)
+        for index, (prompt, own) in enumerate(zip(prompts, budgets, strict=True))
+    ]
+    generator = Generator(
+        loaded, tokenizer, ids, sampling or Sampling(), seed=seed, batch_size=batch_size, logprobs=logprobs
+    )
+    problems = [f"prompt {r.index}: {problem}" for r in requests for problem in generator.problems(r)]
+    if problems:
+        raise ValueError("\n".join(problems))
+    events = generator.run(requests)
+    results = {event.request.index: event.generation for event in events if isinstance(event, Finished)}
+    return [results[index] for index in range(len(prompts))]

@@ -1,0 +1,181 @@
+"""How fast prefill and decoding are, against how fast this device copies memory."""
+
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s1jax.config import BenchmarkConfig
+from s1jax.decoding.budget import Phase, RowParams, RowState, Tables
+from s1jax.decoding.generate import STEPS_PER_CHUNK, bucket
+from s1jax.decoding.loop import Rows, Shared, decode_chunk, empty_cache, insert, prefill
+from s1jax.decoding.sampling import Sampling
+from s1jax.mesh import batch_shards, make_mesh
+from s1jax.model.hf import load_params, resolve_model
+from s1jax.model.load import LoadedModel, build_model
+from s1jax.model.qwen import KVCache
+
+_COPIED_BYTES = 2**29
+_UNLIMITED = 2**30
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One batch size; times are medians."""
+
+    batch_size: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    milliseconds_per_step: float
+    seconds_to_first_token: float
+    """Prefill of the whole batch and one step."""
+    compile_seconds: float
+    """First run of every program less a later one; short where they came from the compilation cache."""
+    bytes_per_step: int
+    """Weights and filled cache, read once."""
+    bandwidth_share: float
+    """Bytes per step over step time, as a share of the measured copy."""
+    peak_memory_bytes: int
+    """Of the device where it tells, else of this process."""
+
+
+def benchmark(config: BenchmarkConfig) -> None:
+    """Measure, print a table and write `benchmark.output`. Random weights are used where the directory has none."""
+    directory = resolve_model(config.model.path)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    model = build_model(config.model, directory, param_dtype=config.model.dtype)
+    has_weights = any(directory.glob("*.safetensors"))
+    with jax.set_mesh(mesh):
+        params = load_params(directory, model, mesh) if has_weights else model.init(jax.random.key(0), mesh)
+        loaded = LoadedModel(model, params, mesh, directory)
+        copy = _copy_bytes_per_second()
+        results = [_measure(loaded, config, size, copy) for size in config.benchmark.batch_sizes]
+    report = {
+        "device": jax.devices()[0].device_kind,
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "jax": jax.__version__,
+        "dtype": config.model.dtype,
+        "weights": "checkpoint" if has_weights else "random",
+        "prompt_length": config.benchmark.prompt_length,
+        "new_tokens": config.benchmark.new_tokens,
+        "copy_bytes_per_second": copy,
+        "results": [asdict(result) for result in results],
+    }
+    print(_table(report, results))
+    if config.benchmark.output:
+        output = Path(config.benchmark.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _measure(loaded: LoadedModel, config: BenchmarkConfig, batch_size: int, copy: float) -> Measurement:
+    section, model = config.benchmark, loaded.model
+    batch = batch_size + -batch_size % batch_shards(loaded.mesh)
+    total = section.prompt_length + section.new_tokens
+    slots = bucket(total + STEPS_PER_CHUNK, total + STEPS_PER_CHUNK)
+    prompt = jnp.asarray(np.random.default_rng(0).integers(0, model.config.vocab_size, section.prompt_length))
+    shared, rows = _unending_rows(model.config.vocab_size, batch, section.prompt_length)
+
+    def fill() -> KVCache:
+        cache = empty_cache(model, batch, slots)
+        for row in range(batch):
+            cache = insert(cache, prefill(model, loaded.params, prompt), jnp.int32(row))
+        return jax.block_until_ready(cache)
+
+    def decode(cache: KVCache, rows: Rows, steps: int) -> tuple[KVCache, Rows]:
+        cache, state, last_token, _ = decode_chunk(
+            model, Sampling(), steps, False, loaded.params, shared, cache, jax.device_put(rows)
+        )
+        return jax.block_until_ready((cache, rows._replace(state=state, last_token=last_token)))
+
+    first_runs = _seconds(lambda: decode(decode(fill(), rows, 1)[0], rows, STEPS_PER_CHUNK))
+    later_runs = _seconds(lambda: decode(decode(fill(), rows, 1)[0], rows, STEPS_PER_CHUNK))
+    prefills, firsts, steps = [], [], []
+    for _ in range(section.repeats):
+        prefills.append(_seconds(fill))
+        firsts.append(_seconds(lambda: decode(fill(), rows, 1)))
+        cache, at = fill(), rows
+        started = time.perf_counter()
+        chunks = -(-section.new_tokens // STEPS_PER_CHUNK)
+        for _ in range(chunks):
+            cache, at = decode(cache, at, STEPS_PER_CHUNK)
+        steps.append((time.perf_counter() - started) / (chunks * STEPS_PER_CHUNK))
+    step = statistics.median(steps)
+    weights = sum(x.nbytes for x in jax.tree.leaves(loaded.params))
+    if not model.config.tie_word_embeddings:
+        weights -= loaded.params["embedding"].nbytes  # Only one row of it is read for each token.
+    filled = (section.prompt_length + total) / 2 / slots
+    bytes_per_step = int(weights + filled * sum(x.nbytes for x in cache))
+    return Measurement(
+        batch_size=batch,
+        prefill_tokens_per_second=batch * section.prompt_length / statistics.median(prefills),
+        decode_tokens_per_second=batch / step,
+        milliseconds_per_step=1e3 * step,
+        seconds_to_first_token=statistics.median(firsts),
+        compile_seconds=max(0.0, first_runs - later_runs),
+        bytes_per_step=bytes_per_step,
+        bandwidth_share=bytes_per_step / step / copy,
+        peak_memory_bytes=_peak_memory(),
+    )
+
+
+def _unending_rows(vocab_size: int, batch: int, length: int) -> tuple[Shared, Rows]:
+    """Rows that answer greedily and never stop: no token is an eos."""
+    none = jnp.zeros(vocab_size, bool)
+    tables = Tables(jnp.zeros((3, 1), jnp.int32), jnp.zeros(3, jnp.int32), none, none, none)
+    zeros = np.zeros(batch, np.int32)
+    state = RowState(*([zeros] * len(RowState._fields)))._replace(
+        phase=np.full(batch, Phase.ANSWERING, np.int32),
+        length=np.full(batch, length, np.int32),
+        text=np.full(batch, -1, np.int32),
+        mask_end=zeros > 0,
+        ends_in_newline=zeros > 0,
+    )
+    limits = RowParams(*([np.full(batch, _UNLIMITED, np.int32)] * len(RowParams._fields)))
+    rows = Rows(state, limits._replace(wait_start=zeros), zeros, np.zeros((batch, 2), np.uint32))
+    return Shared(tables, ~none, jnp.zeros(1, jnp.int32)), rows
+
+
+def _copy_bytes_per_second() -> float:
+    """Bytes read and written by a copy of half a GiB on each device, per second, the best of five."""
+    source = jnp.zeros(_COPIED_BYTES // 4, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    jax.block_until_ready(copy(source))
+    seconds = min(_seconds(lambda: jax.block_until_ready(copy(source))) for _ in range(5))
+    return 2 * _COPIED_BYTES / seconds
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _peak_memory() -> int:
+    stats = jax.devices()[0].memory_stats() or {}
+    return int(stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def _table(report: dict[str, Any], results: list[Measurement]) -> str:
+    lines = [
+        f"{report['devices']} x {report['device']}, {report['dtype']}, {report['weights']} weights, "
+        f"prompts of {report['prompt_length']}, {report['new_tokens']} new tokens; "
+        f"copy {report['copy_bytes_per_second'] / 1e9:.1f} GB/s",
+        "batch  prefill tok/s  decode tok/s  ms/step  first token s  compile s  bandwidth  peak GiB",
+    ]
+    for r in results:
+        lines.append(
+            f"{r.batch_size:5}  {r.prefill_tokens_per_second:13.1f}  {r.decode_tokens_per_second:12.1f}  "
+            f"{r.milliseconds_per_step:7.1f}  {r.seconds_to_first_token:13.2f}  {r.compile_seconds:9.1f}  "
+            f"{r.bandwidth_share:9.2f}  {r.peak_memory_bytes / 2**30:8.2f}"
+        )
+    return "\n".join(lines)
