@@ -363,7 +363,8 @@ def _explain(error: Mapping[str, Any], known: Mapping[str, Any]) -> str:
         parts.pop()
         key = ".".join(parts)
     if error["type"] == "unexpected_keyword_argument":
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0)
+        sections = {name.rpartition(".")[0] for name in known} - {""}
+        near = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0)
         return f"{key}: unknown key; did you mean {near[0]}?"
     if error["type"] == "missing":
         return f"{key}: required"

@@ -1,0 +1,100 @@
+"""The configuration: every mistake is refused with the key's name, and nothing is taken silently."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from s1jax.config import ConfigError, GenerateConfig, ScoreConfig, TrainConfig, config_help, config_keys, load_config
+
+ROOT = Path(__file__).parents[1]
+WORDS = ["model.path=m", "input=i", "output=o"]
+TRAIN = ["model.path=m", "data.path=d", "training.output_dir=o"]
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("root", [ScoreConfig, GenerateConfig, TrainConfig])
+def test_help_lists_every_key_with_type_default_and_meaning(root: type) -> None:
+    lines = {line.split()[0]: line for line in config_help(root, "usage").splitlines() if line.startswith("  ")}
+    for key, (kind, default, info) in config_keys(root).items():
+        assert info.description
+        for part in (kind, default, info.description):
+            assert part in lines[key]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["modle.dtype=float32"], r"modle: unknown key; did you mean model\?"),
+        (["model.dtyp=float32"], r"model\.dtyp: unknown key; did you mean model\.dtype\?"),
+        (["batchsize=3"], "batchsize: unknown key; did you mean batch_size"),
+        (["batch_size=many"], "batch_size: .*'many'; expected int"),
+        (["batch_size=yes"], "batch_size: .*True; expected int"),
+        (["batch_size=0"], "batch_size: .*greater than or equal to 1, got 0"),
+        (["model.dtype=float8"], r"model\.dtype: .*'float8'; expected float32\|bfloat16\|float16"),
+        (["input=3"], "input: .*got 3; expected str"),
+        (["batch_size"], "'batch_size' is neither a YAML file nor key=value"),
+        (["batch_size=[1"], "is not YAML"),
+        (["missing.yaml"], r"missing\.yaml: No such file"),
+    ],
+)
+def test_a_mistake_is_refused_by_name(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(ScoreConfig, [*WORDS, *words])
+
+
+def test_all_mistakes_are_reported_together() -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(ScoreConfig, ["batch_size=0", "inputs=3"])
+    lines = str(error.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["batch_size", "input", "inputs", "model", "output"]
+
+
+def test_later_words_win_and_values_may_hold_equals_signs() -> None:
+    config = load_config(ScoreConfig, [*WORDS, "batch_size=3", "batch_size=5", "output=a=b.jsonl"])
+    assert (config.batch_size, config.output) == (5, "a=b.jsonl")
+
+
+def test_scientific_notation_is_a_number() -> None:
+    assert load_config(TrainConfig, [*TRAIN, "optimizer.learning_rate=1e-4"]).optimizer.learning_rate == 1e-4
+
+
+def test_yaml_files_extend_one_another(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("model: {path: base, dtype: float32}\nbatch_size: 2\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "middle.yaml").write_text("extends: ../base.yaml\nbatch_size: 3\ninput: i\n")
+    top = tmp_path / "top.yaml"
+    top.write_text("extends: sub/middle.yaml\nmodel: {path: top}\noutput: o\n")
+    config = load_config(ScoreConfig, [str(top), "output=word"])
+    assert config.model.path == "top"
+    assert config.model.dtype == "float32"
+    assert (config.batch_size, config.input, config.output) == (3, "i", "word")
+
+
+def test_a_circle_of_extends_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    with pytest.raises(ConfigError, match=r"extends itself through a\.yaml, b\.yaml"):
+        load_config(ScoreConfig, [str(tmp_path / "a.yaml")])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sft").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_preset_is_valid(path: Path) -> None:
+    assert load_config(TrainConfig, [str(path), "data.path=d"]).training.batch_size > 0
+
+
+def test_the_programs_answer_help_and_mistakes() -> None:
+    overview = command("decode.py", "--help")
+    assert overview.returncode == 0
+    assert all(mode in overview.stdout for mode in ("generate", "score", "benchmark"))
+    assert command("decode.py", "dream").returncode == 2
+    score_help = command("decode.py", "score", "--help")
+    assert score_help.returncode == 0
+    assert "model.path" in score_help.stdout
+    mistake = command("train.py", "optimiser.learning_rate=1")
+    assert mistake.returncode == 2
+    assert "optimiser: unknown key; did you mean optimizer?" in mistake.stderr
