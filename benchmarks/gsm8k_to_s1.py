@@ -1,6 +1,6 @@
 """GSM8K rows as s1K rows: python benchmarks/gsm8k_to_s1.py GSM8K.jsonl OUT.jsonl [COUNT]
 
-The worked solution, its calculator annotations removed, becomes the reasoning trace; the number after "####" the answer.
+The worked solution, less its calculator annotations, becomes the trace, and the number after "####" the answer.
 """
 
 import itertools

@@ -3,7 +3,7 @@
 import json
 import secrets
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from tqdm import tqdm
 
@@ -11,6 +11,7 @@ from s1jax.config import LoggingSection
 from s1jax.jsonl import resume_jsonl, write_lines
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Something that takes a step's numbers."""
 

@@ -69,7 +69,7 @@ def train_step(
 ) -> tuple[TrainState, StepMetrics]:
     """One optimiser step. If loss or gradient is not finite, parameters and moments stay as they are."""
     value, grads = gradients(model, state.params, batch)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     rate = learning_rate(section, total_steps)(state.step)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     updates, optimizer = adamw(section, model).update(grads, state.optimizer, state.params)
