@@ -1,0 +1,276 @@
+"""The compiled loop against the plain rules, driven by the same model, token by token and without a cache."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from s1jax.config import MeshSection, ModelSection
+from s1jax.decoding import loop
+from s1jax.decoding.budget import ThinkingBudget
+from s1jax.decoding.generate import STEPS_PER_CHUNK, Finished, Generation, Generator, Request
+from s1jax.decoding.profiles import load_profile, prepare_prompt, tokenize_profile
+from s1jax.decoding.sampling import Sampling
+from s1jax.model.load import LoadedModel, load_model
+from tests.reference import budget as reference
+from tests.tiny import QWEN2, model_directory
+
+ROOT = Path(__file__).parents[2]
+CONTEXT = 160
+CONFIG = {**QWEN2, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}
+CONFIG = {**CONFIG, "max_position_embeddings": CONTEXT}
+COUNTS = ("num_thinking_tokens", "num_answer_tokens", "num_forced_tokens", "num_waits")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_directory(tmp_path_factory.mktemp("generate") / "model", CONFIG, seed=3)
+
+
+@pytest.fixture(scope="module")
+def loaded(directory: Path) -> LoadedModel:
+    """A random model that ends its thinking often: its delimiters' embeddings are long."""
+    loaded = load_model(ModelSection(path=str(directory), dtype="float32"), MeshSection(fsdp=8, tensor=2))
+    ends = [loaded.tokenizer.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>", "</think>")]
+    # Ids beyond the tokenizer have the longest rows of all: only the sampler's mask keeps them out.
+    lengths = jnp.array([2.2, 1.3, 2.2])[:, None]
+    embedding = loaded.params["embedding"].at[jnp.array(ends)].multiply(lengths).at[368:].multiply(5.0)
+    return replace(loaded, params={**loaded.params, "embedding": embedding})
+
+
+def profile_ids(loaded: LoadedModel, name: str):
+    return tokenize_profile(load_profile(name), loaded.tokenizer, loaded.model.config.vocab_size)
+
+
+def random_requests(loaded: LoadedModel, name: str, count: int, seed: int) -> list[Request]:
+    rng = np.random.default_rng(seed)
+    ids, requests = profile_ids(loaded, name), []
+    waits = ["Wait", "", ("Wait", "Let me check"), "So "]
+    for index in range(count):
+        bound = [None, "auto", 0, 1, *rng.integers(2, 30, 6).tolist()][rng.integers(10)]
+        budget = ThinkingBudget(
+            max_thinking_tokens=bound,
+            min_thinking_tokens=int(rng.choice([0, 0, 3, 12])),
+            num_ignore=int(rng.integers(0, 4)),
+            wait=waits[rng.integers(4)],
+            max_answer_tokens=int(rng.integers(1, 12)),
+            # The sentence that ends Qwen3's thinking is 75 tokens of the small tokenizer.
+            max_total_tokens=int(rng.integers(120 if name == "qwen3" else 90, CONTEXT + 1)),
+        )
+        prompt = rng.integers(0, 362, rng.integers(1, 24)).tolist()
+        requests.append(Request(prepare_prompt(prompt, ids), budget, index))
+    return requests
+
+
+def generate(loaded: LoadedModel, name: str, requests: list[Request], **options) -> dict[int, Generation]:
+    options = {"sampling": Sampling(), "batch_size": 8, **options}
+    sampling = options.pop("sampling")
+    generator = Generator(loaded, loaded.tokenizer, profile_ids(loaded, name), sampling, **options)
+    assert not [problem for request in requests for problem in generator.problems(request)]
+    return {e.request.index: e.generation for e in generator.run(requests) if isinstance(e, Finished)}
+
+
+def reference_model(loaded: LoadedModel, name: str):
+    """Greedy next token of a context, from a forward pass over the whole of it on one device."""
+    ids = profile_ids(loaded, name)
+    params = jax.device_put(jax.device_get(loaded.params), jax.devices()[0])
+
+    @jax.jit
+    def last_logits(padded, length):
+        hidden, _ = loaded.model.hidden_states(params, padded[None], jnp.arange(CONTEXT)[None])
+        return loaded.model.logits(params, hidden[0, length - 1])
+
+    @cache
+    def logits(context: tuple[int, ...]) -> np.ndarray:
+        padded = np.zeros(CONTEXT, np.int32)
+        padded[: len(context)] = context
+        return np.asarray(last_logits(jnp.asarray(padded), len(context)))
+
+    def next_token(context: list[int], masked: bool) -> int:
+        scores = np.where(ids.valid, logits(tuple(context)), -np.inf)
+        if masked:
+            scores[list(ids.end_tokens)] = -np.inf
+        return int(scores.argmax())
+
+    return next_token
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["s1", "qwen3", "none"])
+def test_the_compiled_loop_equals_the_plain_rules(loaded: LoadedModel, name: str) -> None:
+    """168 rows for each profile, 504 in all, on an 8x2 mesh, mixed in batches that rows leave and join."""
+    ids, requests = profile_ids(loaded, name), random_requests(loaded, name, 168, seed=len(name))
+    results, next_token = generate(loaded, name, requests), reference_model(loaded, name)
+    kinds: Counter[str | None] = Counter()
+    for request in requests:
+        budget, result = request.budget, results[request.index]
+        expected = reference.run(
+            next_token,
+            request.prompt.prompt_ids,
+            ids,
+            max_thinking_tokens=budget.max_thinking_tokens,
+            min_thinking_tokens=budget.min_thinking_tokens,
+            num_ignore=budget.num_ignore,
+            waits=[loaded.tokenizer.encode(wait, add_special_tokens=False) for wait in budget.waits],
+            max_answer_tokens=budget.max_answer_tokens,
+            max_total_tokens=min(CONTEXT, budget.max_total_tokens or CONTEXT),
+        )
+        actual = asdict(result)
+        for key, value in asdict(expected).items():
+            assert actual[key] == value, (request, key)
+        kinds[result.thinking_end] += 1
+        kinds["waits"] += result.num_waits > 0
+        bound = budget.max_thinking_tokens
+        if isinstance(bound, int) and name != "none":
+            assert result.num_thinking_tokens <= max(bound, request.prompt.num_thinking_tokens)
+        if name == "s1" and result.thinking_end in ("budget", "context"):
+            assert result.answer.startswith("\nFinal Answer:")
+        assert max(result.output_ids, default=0) < 368
+        assert result.text == loaded.tokenizer.decode(result.output_ids, skip_special_tokens=False)
+    if name != "none":
+        assert all(kinds[kind] >= 1 for kind in ("natural", "eos", "budget", "context")), kinds
+        assert min(kinds["natural"] + kinds["eos"], kinds["budget"], kinds["waits"]) >= 10, kinds
+
+
+@pytest.mark.slow
+def test_a_row_is_the_same_alone_in_any_batch_and_in_any_order(loaded: LoadedModel) -> None:
+    requests = random_requests(loaded, "s1", 24, seed=7)
+    sampling = Sampling(temperature=1.0, top_k=50, top_p=0.95)
+    for options in ({}, {"sampling": sampling, "seed": 5}):
+        together = generate(loaded, "s1", requests, **options)
+        backwards = generate(loaded, "s1", requests[::-1], **{**options, "batch_size": 16})
+        for request in requests:
+            assert backwards[request.index] == together[request.index]
+        for request in requests[:4]:
+            assert generate(loaded, "s1", [request], **options)[request.index] == together[request.index]
+    other_sample = [replace(request, sample=1) for request in requests]
+    assert generate(loaded, "s1", other_sample, sampling=sampling, seed=5) != together
+
+
+@pytest.mark.slow
+def test_logprobs_are_those_of_the_model_forced_tokens_too(loaded: LoadedModel) -> None:
+    results = generate(loaded, "s1", random_requests(loaded, "s1", 4, seed=1), logprobs=True)
+    params = jax.device_put(jax.device_get(loaded.params), jax.devices()[0])
+    for result in results.values():
+        context = [*result.prompt_ids, *result.output_ids]
+        padded = jnp.asarray(context + [0] * (CONTEXT - len(context)))[None]
+        hidden, _ = loaded.model.hidden_states(params, padded, jnp.arange(CONTEXT)[None])
+        logprobs = np.asarray(jax.nn.log_softmax(loaded.model.logits(params, hidden[0])))
+        start = len(result.prompt_ids)
+        expected = [logprobs[start + i - 1, token] for i, token in enumerate(result.output_ids)]
+        np.testing.assert_allclose(result.logprobs, expected, rtol=0, atol=1e-4)
+
+
+def test_nothing_goes_to_the_host_within_a_chunk_and_the_cache_is_not_copied(loaded: LoadedModel) -> None:
+    model = loaded.model
+    params = jax.device_put(jax.device_get(loaded.params), jax.devices()[0])
+    generator = Generator(loaded, loaded.tokenizer, profile_ids(loaded, "s1"), Sampling())
+    requests = random_requests(loaded, "s1", 8, seed=2)
+    tables, wait_starts = loop_tables(loaded, requests)
+    rows = jax.device_put(generator._start(requests, wait_starts))
+    shared = loop.Shared(tables, jnp.ones(384, bool), jnp.array([0], jnp.int32))
+    cache = loop.empty_cache(model, 8, 8192)
+    arguments = (model, Sampling(), STEPS_PER_CHUNK, False, params, shared, cache, rows)
+    compiled = loop.decode_chunk.lower(*arguments).compile()
+    text = compiled.as_text()
+    assert "while" in text
+    assert not any(word in text for word in ("infeed", "outfeed", "send-done", "recv-done", "host_callback"))
+    memory, size = compiled.memory_analysis(), sum(x.nbytes for x in cache)
+    # One layer's keys and values are read out of the stack at a time, and scored; the stack is updated in place.
+    scores = 8 * model.config.num_attention_heads * 8192 * 4
+    assert memory.temp_size_in_bytes < size / model.config.num_hidden_layers + 2 * scores < 0.6 * size
+    assert memory.alias_size_in_bytes >= size
+    with jax.transfer_guard("disallow"):
+        jax.block_until_ready(loop.decode_chunk(*arguments))
+
+
+def loop_tables(loaded: LoadedModel, requests: list[Request]):
+    from s1jax.decoding.budget import build_tables
+
+    return build_tables(profile_ids(loaded, "s1"), [r.budget for r in requests], loaded.tokenizer)
+
+
+def command(directory: Path, *words: str) -> list[str]:
+    settings = [f"model.path={directory}", "model.dtype=float32", "budget.max_answer_tokens=8"]
+    return [sys.executable, "decode.py", "generate", *settings, "max_total_tokens=150", *words]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "XLA_FLAGS": ""}
+
+
+def run(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(directory, *words), cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_and_started_again_every_prompt_is_there_once(directory: Path, tmp_path: Path) -> None:
+    prompts, whole, target = tmp_path / "prompts.jsonl", tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    rows = [{"id": f"p{i}", "prompt": f"What is {i} + 3?", "max_thinking_tokens": i % 40} for i in range(200)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    undisturbed = run(directory, f"prompts={prompts}", f"output={whole}")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    words = command(directory, f"prompts={prompts}", f"output={target}")
+    process = subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+    while not target.exists() or len(target.read_bytes().splitlines()) < 20:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(target.read_text().splitlines()) < 200
+    assert run(directory, f"prompts={prompts}", f"output={target}").returncode == 0
+    assert sorted(target.read_text().splitlines()) == sorted(whole.read_text().splitlines())
+    assert sorted(json.loads(line)["id"] for line in target.read_text().splitlines()) == sorted(r["id"] for r in rows)
+    refused = run(directory, f"prompts={prompts}", f"output={target}", "sampling.seed=3")
+    assert refused.returncode == 1
+    assert "written with other values of sampling" in refused.stderr
+
+
+def test_every_bad_prompt_is_listed_before_anything_is_computed(directory: Path, tmp_path: Path) -> None:
+    prompts, target = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    lines = [
+        "{",
+        '{"prompt": " "}',
+        '{"prompt": "a", "messages": []}',
+        '{"input_ids": [1, 380]}',
+        '{"prompt": "a", "max_thinking_tokens": -1}',
+        '{"prompt": "a", "id": 1}',
+        '{"prompt": "b", "id": 1}',
+        '{"messages": [{"role": "user"}]}',
+    ]
+    prompts.write_text("\n".join(lines))
+    result = run(directory, f"prompts={prompts}", f"output={target}")
+    assert result.returncode == 1
+    for part in (
+        "line 1: not JSON",
+        "line 2: prompt is empty",
+        "line 3: expected one of prompt, messages and input_ids, found prompt and messages",
+        "line 4: ids [380] are not the tokenizer's",
+        "line 5: max_thinking_tokens: expected a whole number of at least 0",
+        "line 7: id 1 is that of line 6 too",
+        "line 8: messages: a message has no content",
+    ):
+        assert part in result.stderr
+    assert not target.exists()
+    prompts.write_text("")
+    assert run(directory, f"prompts={prompts}", f"output={target}").returncode == 0
+    assert target.read_text() == ""
+    long = run(directory, "prompt=" + "long " * 200)
+    assert long.returncode == 1
+    assert "no room to answer" in long.stderr
+    both = run(directory, "prompt=a", f"prompts={prompts}")
+    assert both.returncode == 1
+    assert "either prompts" in both.stderr
