@@ -214,7 +214,10 @@ def test_shapes_padding_and_counts_are_those_of_the_batches(packing):
     assert loader.padding_share == pytest.approx(1 - tokens / sum(batch.input_ids.size for batch in batches))
 
     for step, batch in enumerate(batches):
-        assert loader.counts(step) == StepCounts(4, int((batch.segment_ids > 0).sum()), int((batch.weights > 0).sum()))
+        tokens, trained = int((batch.segment_ids > 0).sum()), int((batch.weights > 0).sum())
+        # An example of n tokens has the positions 0 to n - 1, and n squared is the sum of 2 x position + 1.
+        squared = int(((2 * batch.positions + 1) * (batch.segment_ids > 0)).sum())
+        assert loader.counts(step) == StepCounts(4, tokens, trained, squared)
 
 
 def test_a_whole_run_is_planned_quickly():

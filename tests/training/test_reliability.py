@@ -117,7 +117,7 @@ def test_restored_onto_another_mesh_the_losses_are_the_same(
     status, text = run(command(output, "mesh.fsdp=8", "mesh.tensor=2"), devices=16)
     assert status == 0, text
     resumed, expected = metrics(output), metrics(undisturbed)
-    assert resumed[0]["loss"] == first["loss"]
+    assert resumed[0]["loss"] == pytest.approx(first["loss"], rel=1e-5)
     assert [row["step"] for row in resumed] == [row["step"] for row in expected]
     for ours, theirs in zip(resumed, expected, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
