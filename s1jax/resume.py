@@ -4,14 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from s1jax.config_reader import to_dict
 from s1jax.jsonl import InputError
 
 
-def keep_settings(beside: Path, settings: dict[str, Any], output: Path) -> None:
-    """Compare with the settings that an earlier run of `output` left in the file `beside`; leave these there.
+def keep_settings(config: Any, free_to_change: tuple[str, ...], output: Path, beside: Path) -> None:
+    """Compare with the configuration that an earlier run of `output` left in the file `beside`; leave this one there.
 
-    Raises InputError that names those that differ.
+    Raises InputError that names the top-level keys that differ, but for those in `free_to_change`.
     """
+    settings = {key: value for key, value in to_dict(config).items() if key not in free_to_change}
     if output.exists() and beside.exists():
         before = json.loads(beside.read_text(encoding="utf-8"))
         changed = [key for key in settings if before.get(key) != settings[key]]

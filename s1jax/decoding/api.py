@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from s1jax.config import MeshSection, ModelSection
 from s1jax.decoding.budget import ThinkingBudget
-from s1jax.decoding.generate import Finished, Generation, Generator, Request, problem_of
+from s1jax.decoding.generate import Finished, Generation, Generator, Request
 from s1jax.decoding.profiles import DelimiterProfile, load_profile, prepare_prompt, tokenize_profile
 from s1jax.decoding.requests import Messages, encode_prompt
 from s1jax.decoding.sampling import Sampling
+from s1jax.decoding.setup import check_requests
 from s1jax.model.load import LoadedModel, load_model
 
 DEFAULT_BUDGET = ThinkingBudget(max_thinking_tokens="auto", max_answer_tokens=1024)
@@ -48,10 +49,8 @@ def generate(
         Request(prepare_prompt(encode_prompt(prompt, tokenizer, chat_template), ids), own, index)
         for index, (prompt, own) in enumerate(zip(prompts, budgets, strict=True))
     ]
-    context = loaded.model.config.max_position_embeddings
-    problems = [f"prompt {r.index}: {problem}" for r in requests if (problem := problem_of(r, ids, context))]
-    if problems:
-        raise ValueError("\n".join(problems))
+    named = [(f"prompt {request.index}", request) for request in requests]
+    check_requests(named, ids, loaded.model.config.max_position_embeddings)
     generator = Generator(
         loaded, tokenizer, ids, sampling or Sampling(), seed=seed, batch_size=batch_size, logprobs=logprobs
     )

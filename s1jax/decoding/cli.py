@@ -6,19 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from s1jax.config import GenerateConfig
-from s1jax.config_reader import ConfigError, to_dict
-from s1jax.decoding.generate import Finished, Generator, Request, problem_of
-from s1jax.decoding.profiles import ProfileIds, load_profile, prepare_prompt, tokenize_profile
+from s1jax.config_reader import ConfigError
+from s1jax.decoding.generate import Finished, Request
+from s1jax.decoding.profiles import ProfileIds, prepare_prompt
 from s1jax.decoding.requests import Prompt, encode_prompt, read_prompts, thinking_budget
-from s1jax.decoding.sampling import Sampling
+from s1jax.decoding.setup import build_generator, check_requests, prepare
 from s1jax.decoding.terminal import TerminalWriter
-from s1jax.jsonl import LISTED_PROBLEMS, InputError, resume_jsonl, write_lines
-from s1jax.model.config import QwenConfig
-from s1jax.model.hf import resolve_model
-from s1jax.model.load import load_model
+from s1jax.jsonl import InputError, resume_jsonl, write_lines
 from s1jax.resume import keep_settings
 
 _FREE_TO_CHANGE = ("output", "batch_size", "mesh", "prompts")
@@ -33,23 +30,15 @@ def generate(config: GenerateConfig) -> None:
     """
     if (config.prompts is None) == (config.prompt is None):
         raise ConfigError("give either prompts (a JSONL file) or prompt (one question)")
-    directory = resolve_model(config.model.path)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model_config = QwenConfig.from_directory(directory)
-    profile = tokenize_profile(load_profile(config.budget.profile), tokenizer, model_config.vocab_size)
-    prompts = _prompts(config, tokenizer, profile)
+    setup = prepare(config)
+    prompts = _prompts(config, setup.tokenizer, setup.profile)
     requests = [
-        Request(prepare_prompt(prompt.input_ids, profile), prompt.budget, index, sample)
+        Request(prepare_prompt(prompt.input_ids, setup.profile), prompt.budget, index, sample)
         for index, prompt in enumerate(prompts)
         for sample in range(config.sampling.num_samples)
     ]
-    context = model_config.max_position_embeddings
-    problems = [(r, problem) for r in requests if r.sample == 0 and (problem := problem_of(r, profile, context))]
-    if problems:
-        listed = [f"  prompt {prompts[r.index].id!r}: {problem}" for r, problem in problems[:LISTED_PROBLEMS]]
-        raise InputError("\n".join([f"{len(problems)} of {len(prompts)} prompts cannot be run:", *listed]))
-    sampling = config.sampling
-    options = Sampling(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    named = [(f"prompt {prompts[request.index].id!r}", request) for request in requests if request.sample == 0]
+    check_requests(named, setup.profile, setup.context_length)
     output = Path(config.output) if config.output else None
     done = _resume(output, config, prompts) if output else set()
     if output:
@@ -57,25 +46,17 @@ def generate(config: GenerateConfig) -> None:
     requests = [r for r in requests if (r.index, r.sample) not in done]
     if not requests:
         return
-    generator = Generator(
-        load_model(config.model, config.mesh),
-        tokenizer,
-        profile,
-        options,
-        seed=sampling.seed,
-        batch_size=config.batch_size,
-        logprobs=config.logprobs,
-    )
+    generator = build_generator(config, setup, logprobs=config.logprobs)
     print(f"{len(requests)} to generate; at most {generator.compilations(requests)} compilations", file=sys.stderr)
     if output is None:
-        writer = TerminalWriter(tokenizer, requests, sys.stdout)
+        writer = TerminalWriter(setup.tokenizer, requests, sys.stdout)
         for event in generator.run(requests):
             writer.take(event)
         return
     with output.open("a", encoding="utf-8") as file, tqdm(total=len(requests), disable=None) as bar:
         for event in generator.run(requests):
             if isinstance(event, Finished):
-                write_lines(file, [_line(event, prompts[event.request.index], sampling.num_samples)])
+                write_lines(file, [_line(event, prompts[event.request.index], config.sampling.num_samples)])
                 bar.update()
 
 
@@ -101,8 +82,7 @@ def _line(event: Finished, prompt: Prompt, num_samples: int) -> dict[str, Any]:
 
 def _resume(output: Path, config: GenerateConfig, prompts: list[Prompt]) -> set[tuple[int, int]]:
     """(prompt, sample) of the lines that are there; refuses those of a run with other settings."""
-    settings = {k: v for k, v in to_dict(config).items() if k not in _FREE_TO_CHANGE}
-    keep_settings(output.with_name(output.name + ".config.json"), settings, output)
+    keep_settings(config, _FREE_TO_CHANGE, output, output.with_name(output.name + ".config.json"))
     index_of = {repr(prompt.id): index for index, prompt in enumerate(prompts)}
     done = set()
     for row in resume_jsonl(output):

@@ -4,27 +4,24 @@ import json
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from s1jax.config import EvaluateConfig
-from s1jax.config_reader import ConfigError, to_dict
-from s1jax.decoding.generate import Finished, Generator, Request, problem_of
-from s1jax.decoding.profiles import load_profile, prepare_prompt, tokenize_profile
+from s1jax.config_reader import ConfigError
+from s1jax.decoding.generate import Finished, Generator, Request
+from s1jax.decoding.profiles import PreparedPrompt, prepare_prompt
 from s1jax.decoding.requests import encode_prompt
-from s1jax.decoding.sampling import Sampling
+from s1jax.decoding.setup import build_generator, check_requests, prepare
 from s1jax.evaluation.grading import Grader
 from s1jax.evaluation.report import write_report
 from s1jax.evaluation.runs import Run, plan_runs
 from s1jax.evaluation.summary import Line, accepted, summarise
 from s1jax.evaluation.tasks import Question, load_task
-from s1jax.jsonl import LISTED_PROBLEMS, InputError, resume_jsonl, write_lines
-from s1jax.model.config import QwenConfig
-from s1jax.model.hf import resolve_model
-from s1jax.model.load import load_model
+from s1jax.jsonl import resume_jsonl, write_lines
 from s1jax.resume import keep_settings
 
 _FREE_TO_CHANGE = ("output_dir", "batch_size", "mesh", "grading_seconds")
@@ -52,17 +49,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise ConfigError("sweep.baselines: rejection draws again and again, so sampling.temperature must be above 0")
     if config.sweep.baselines and not any(limit != "auto" for limit in config.sweep.max_thinking_tokens):
         raise ConfigError("sweep.baselines: they keep to the numbers in sweep.max_thinking_tokens, and there are none")
-    directory = resolve_model(config.model.path)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model_config = QwenConfig.from_directory(directory)
-    profile = tokenize_profile(load_profile(config.budget.profile), tokenizer, model_config.vocab_size)
+    setup = prepare(config)
     questions = [q for task in config.tasks for q in load_task(task, seed=config.sampling.seed, limit=config.limit)]
     methods = plan_runs(config)
     runs = {run.name: run for of_method in methods.values() for run in of_method}.values()
 
-    def request(run: Run, index: int, sample: int) -> Request:
-        prompt = encode_prompt(questions[index].text + run.instruction, tokenizer, config.chat_template)
-        return Request(prepare_prompt(prompt, profile), run.budget, index, sample)
+    @cache
+    def prompt(index: int, instruction: str) -> PreparedPrompt:
+        input_ids = encode_prompt(questions[index].text + instruction, setup.tokenizer, config.chat_template)
+        return prepare_prompt(input_ids, setup.profile)
 
     def jobs(done: dict[_Key, Line]) -> list[_Job]:
         """What is to be generated next: all that is missing, of rejected samples one more try each."""
@@ -70,36 +65,24 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         for run in runs:
             for index, question in enumerate(questions):
                 for sample in _missing_samples(config, run, question, done):
-                    missing.append(_Job(run, question, request(run, index, sample)))
+                    request = Request(prompt(index, run.instruction), run.budget, index, sample)
+                    missing.append(_Job(run, question, request))
         return missing
 
-    first = jobs({})
-    problems = {
-        f"  {job.question.task} {job.question.id}, {job.run.name}: {problem}"
-        for job in first
-        if (problem := problem_of(job.request, profile, model_config.max_position_embeddings))
-    }
-    if problems:
-        listed = sorted(problems)[:LISTED_PROBLEMS]
-        raise InputError("\n".join([f"{len(problems)} of {len(first)} answers cannot be generated:", *listed]))
-
+    named = [
+        (f"{job.question.task} {job.question.id}, {job.run.name}", job.request)
+        for job in jobs({})
+        if job.request.sample == 0
+    ]
+    check_requests(named, setup.profile, setup.context_length)
     output = Path(config.output_dir)
     file = output / "samples.jsonl"
-    keep_settings(output / "config.json", {k: v for k, v in to_dict(config).items() if k not in _FREE_TO_CHANGE}, file)
+    keep_settings(config, _FREE_TO_CHANGE, file, output / "config.json")
     lines: dict[_Key, Line] = {(row["task"], row["run"], row["id"], row["sample"]): row for row in resume_jsonl(file)}
     generator: Generator | None = None
     with _GradedFile(file, config.grading_seconds) as graded:
         while missing := jobs(lines):
-            if generator is None:
-                options = config.sampling
-                generator = Generator(
-                    load_model(config.model, config.mesh),
-                    tokenizer,
-                    profile,
-                    Sampling(options.temperature, options.top_k, options.top_p, options.min_p),
-                    seed=options.seed,
-                    batch_size=config.batch_size,
-                )
+            generator = generator or build_generator(config, setup)
             job_of = {id(job.request): job for job in missing}
             with tqdm(total=len(missing), disable=None, unit="answer") as bar:
                 for event in generator.run([job.request for job in missing]):
@@ -110,7 +93,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                         bar.update()
     summary = summarise(config, questions, methods, list(lines.values()))
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    write_report(output, summary, list(lines.values()), tokenizer, profile)
+    write_report(output, summary, list(lines.values()), setup.tokenizer, setup.profile)
     return summary
 
 

@@ -1,0 +1,63 @@
+"""What every command that generates does first: tokenizer and profile, all checks, and only then the weights."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from s1jax.config import EvaluateConfig, GenerateConfig, SamplingSection
+from s1jax.decoding.generate import Generator, Request, problem_of
+from s1jax.decoding.profiles import ProfileIds, load_profile, tokenize_profile
+from s1jax.decoding.sampling import Sampling
+from s1jax.jsonl import LISTED_PROBLEMS, InputError
+from s1jax.model.config import QwenConfig
+from s1jax.model.hf import resolve_model
+from s1jax.model.load import load_model
+
+
+class Setup(NamedTuple):
+    """What is known of a model before its weights are read."""
+
+    tokenizer: PreTrainedTokenizerBase
+    profile: ProfileIds
+    context_length: int
+    sampling: Sampling
+
+
+def prepare(config: GenerateConfig | EvaluateConfig) -> Setup:
+    """Read tokenizer and configuration of the model.
+
+    Raises ValueError, OSError or a subclass for a model, profile or sampling that cannot be used.
+    """
+    directory = resolve_model(config.model.path)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model_config = QwenConfig.from_directory(directory)
+    profile = tokenize_profile(load_profile(config.budget.profile), tokenizer, model_config.vocab_size)
+    return Setup(tokenizer, profile, model_config.max_position_embeddings, _sampling(config.sampling))
+
+
+def check_requests(named: Sequence[tuple[str, Request]], profile: ProfileIds, context_length: int) -> None:
+    """Raise InputError that lists the requests, by these names, that a model of this context length cannot run."""
+    problems = [
+        f"  {name}: {problem}" for name, request in named if (problem := problem_of(request, profile, context_length))
+    ]
+    if problems:
+        count = f"{len(problems)} of {len(named)} prompts cannot be run:"
+        raise InputError("\n".join([count, *problems[:LISTED_PROBLEMS]]))
+
+
+def build_generator(config: GenerateConfig | EvaluateConfig, setup: Setup, *, logprobs: bool = False) -> Generator:
+    """Read the weights, and return what generates with them."""
+    return Generator(
+        load_model(config.model, config.mesh),
+        setup.tokenizer,
+        setup.profile,
+        setup.sampling,
+        seed=config.sampling.seed,
+        batch_size=config.batch_size,
+        logprobs=logprobs,
+    )
+
+
+def _sampling(section: SamplingSection) -> Sampling:
+    return Sampling(section.temperature, section.top_k, section.top_p, section.min_p)
