@@ -10,6 +10,7 @@ of those that have not, how close the two likeliest tokens were where they part.
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,8 @@ def main(directory: str, questions: str) -> None:
         pairs.append((prompt, ours.output_ids, [i for i in theirs if i not in plain.eos]))
     report(f"{QUESTIONS} x {NEW_TOKENS} tokens against transformers' generate", model, pairs)
 
+    encode = partial(loaded.tokenizer.encode, add_special_tokens=False)
+    context_length = loaded.model.config.max_position_embeddings
     s1 = tokenize_profile(load_profile("s1"), loaded.tokenizer, vocab_size)
     model = GreedyModel(Path(directory), s1)
     for limit in (0, 1, 17, 64):
@@ -70,17 +73,8 @@ def main(directory: str, questions: str) -> None:
             results = generate(loaded, asked[:BUDGETED_QUESTIONS], budget)
             pairs = []
             for question, ours in zip(asked, results, strict=False):
-                theirs = rules.run(
-                    model.next_token,
-                    encode_prompt(question, loaded.tokenizer, chat_template=True),
-                    s1,
-                    max_thinking_tokens=limit,
-                    min_thinking_tokens=0,
-                    num_ignore=waits,
-                    waits=[loaded.tokenizer.encode("Wait", add_special_tokens=False)],
-                    max_answer_tokens=ANSWER_TOKENS,
-                    max_total_tokens=loaded.model.config.max_position_embeddings,
-                )
+                prompt = encode_prompt(question, loaded.tokenizer, chat_template=True)
+                theirs = rules.run_budget(model.next_token, prompt, s1, budget, encode, context_length)
                 same = ours.forced == theirs.forced and ours.num_waits == theirs.num_waits
                 assert same or ours.output_ids != theirs.output_ids
                 pairs.append((ours.prompt_ids, ours.output_ids, theirs.output_ids))

@@ -63,18 +63,10 @@ class Row:
 
 
 def by_reference(row: Row, ids: ProfileIds) -> reference.Result:
-    budget = row.budget
-    return reference.run(
-        lambda context, masked: int(row.draws[int(masked), len(context)]),
-        row.prompt,
-        ids,
-        max_thinking_tokens=budget.max_thinking_tokens,
-        min_thinking_tokens=budget.min_thinking_tokens,
-        num_ignore=budget.num_ignore,
-        waits=[encode(text) for text in budget.waits],
-        max_answer_tokens=budget.max_answer_tokens,
-        max_total_tokens=min(CONTEXT_LENGTH, budget.max_total_tokens or CONTEXT_LENGTH),
-    )
+    def next_token(context: list[int], masked: bool) -> int:
+        return int(row.draws[int(masked), len(context)])
+
+    return reference.run_budget(next_token, row.prompt, ids, row.budget, encode, CONTEXT_LENGTH)
 
 
 def start(rows: list[Row], ids: ProfileIds) -> tuple[RowParams, RowState, Tables, np.ndarray]:

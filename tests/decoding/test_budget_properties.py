@@ -175,17 +175,7 @@ def test_a_sampling_model_follows_the_reference_in_any_batch(sampling):
         def next_token(context, masked, key=key):
             return int(draw_one(jnp.array(context[-1:]), key, jnp.array([len(context)]))[int(masked)][0])
 
-        result = reference.run(
-            next_token,
-            prompt,
-            ids,
-            max_thinking_tokens=budget.max_thinking_tokens,
-            min_thinking_tokens=budget.min_thinking_tokens,
-            num_ignore=budget.num_ignore,
-            waits=[encode(text) for text in budget.waits],
-            max_answer_tokens=budget.max_answer_tokens,
-            max_total_tokens=CONTEXT_LENGTH,
-        )
+        result = reference.run_budget(next_token, prompt, ids, budget, encode, CONTEXT_LENGTH)
         assert ids.valid[result.output_ids].all()
         expected.append(result.output_ids)
     assert outputs([0, 1, 2, 3]) == expected

@@ -6,10 +6,9 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -24,6 +23,7 @@ from s1jax.decoding.profiles import load_profile, prepare_prompt, tokenize_profi
 from s1jax.decoding.sampling import Sampling
 from s1jax.model.load import LoadedModel
 from tests.decoding.conftest import CONTEXT, ROOT, command, environment, run
+from tests.processes import wait_until
 from tests.reference import budget as reference
 
 
@@ -95,20 +95,11 @@ def test_the_compiled_loop_equals_the_plain_rules(directory: Path, loaded: Loade
     """168 rows for each profile, 504 in all, on an 8x2 mesh, mixed in batches that rows leave and join."""
     ids, requests = profile_ids(loaded, name), random_requests(loaded, name, 168, seed=len(name))
     results, next_token = generate(loaded, name, requests), reference_model(directory, loaded, name)
+    encode = partial(loaded.tokenizer.encode, add_special_tokens=False)
     kinds: Counter[str | None] = Counter()
     for request in requests:
         budget, result = request.budget, results[request.index]
-        expected = reference.run(
-            next_token,
-            request.prompt.prompt_ids,
-            ids,
-            max_thinking_tokens=budget.max_thinking_tokens,
-            min_thinking_tokens=budget.min_thinking_tokens,
-            num_ignore=budget.num_ignore,
-            waits=[loaded.tokenizer.encode(wait, add_special_tokens=False) for wait in budget.waits],
-            max_answer_tokens=budget.max_answer_tokens,
-            max_total_tokens=min(CONTEXT, budget.max_total_tokens or CONTEXT),
-        )
+        expected = reference.run_budget(next_token, request.prompt.prompt_ids, ids, budget, encode, CONTEXT)
         actual = asdict(result)
         for key, value in asdict(expected).items():
             assert actual[key] == value, (request, key)
@@ -225,9 +216,7 @@ def test_killed_in_the_middle_and_started_again_every_prompt_is_there_once(direc
     assert undisturbed.returncode == 0, undisturbed.stderr
     words = command(directory, f"prompts={prompts}", f"output={target}")
     process = subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
-    while not target.exists() or len(target.read_bytes().splitlines()) < 20:
-        assert process.poll() is None
-        time.sleep(0.005)
+    wait_until(lambda: target.exists() and len(target.read_bytes().splitlines()) >= 20, [process])
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert len(target.read_text().splitlines()) < 200

@@ -21,6 +21,7 @@ from selenium.webdriver.support.ui import Select
 from s1jax.evaluation.tasks import load_task
 from s1jax.jsonl import InputError
 from tests.decoding.conftest import CONFIG, ROOT, environment
+from tests.processes import wait_until
 from tests.tiny import model_directory
 
 MARKUP = "<script>document.title='broken'</script><b>&amp; </script>"
@@ -111,9 +112,8 @@ def test_killed_and_started_again_the_answers_are_the_same(
     output = tmp_path / "run"
     command = words(model, task, output)
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
-    while not (output / "samples.jsonl").exists() or len((output / "samples.jsonl").read_bytes().splitlines()) < 20:
-        assert process.poll() is None
-        time.sleep(0.005)
+    samples = output / "samples.jsonl"
+    wait_until(lambda: samples.exists() and len(samples.read_bytes().splitlines()) >= 20, [process])
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert len(lines(output)) < len(lines(evaluated))

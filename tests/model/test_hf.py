@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -18,6 +17,7 @@ from s1jax.mesh import make_mesh
 from s1jax.model.config import QwenConfig, UnsupportedConfigError
 from s1jax.model.hf import CheckpointError, export_model, load_params, resolve_model
 from s1jax.model.qwen import Qwen
+from tests.small_disk import small_disk
 from tests.tiny import QWEN2, QWEN3, model_directory, random_params
 
 WIDE = {**QWEN2, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 8}
@@ -214,21 +214,12 @@ def test_an_existing_directory_is_not_written_over(copy: Path) -> None:
         export_model(copy, model, params)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], check=False).returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
-def test_a_full_disk_leaves_nothing_behind(copy: Path, small_disk: Path) -> None:
+def test_a_full_disk_leaves_nothing_behind(copy: Path, tmp_path: Path) -> None:
     model, params = read(copy)
-    with pytest.raises(CheckpointError, match=r"could not be written.*No space left"):
-        export_model(small_disk / "model", model, params)
-    assert list(small_disk.iterdir()) == []
+    with small_disk(tmp_path / "disk", "200k") as disk:
+        with pytest.raises(CheckpointError, match=r"could not be written.*No space left"):
+            export_model(disk / "model", model, params)
+        assert list(disk.iterdir()) == []
 
 
 def test_a_killed_export_leaves_no_model_and_the_next_one_succeeds(copy: Path, tmp_path: Path) -> None:

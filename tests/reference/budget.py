@@ -24,6 +24,7 @@ model's.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from s1jax.decoding.budget import ThinkingBudget
 from s1jax.decoding.profiles import ProfileIds
 
 
@@ -144,6 +145,28 @@ def run(
         num_answer_tokens += 1
         write(token, False)
     return result("length")
+
+
+def run_budget(
+    next_token: Callable[[list[int], bool], int],
+    prompt_ids: Sequence[int],
+    profile: ProfileIds,
+    budget: ThinkingBudget,
+    encode: Callable[[str], Sequence[int]],
+    context_length: int,
+) -> Result:
+    """`run` with the settings of a `ThinkingBudget`, its wait texts made ids by `encode`."""
+    return run(
+        next_token,
+        prompt_ids,
+        profile,
+        max_thinking_tokens=budget.max_thinking_tokens,
+        min_thinking_tokens=budget.min_thinking_tokens,
+        num_ignore=budget.num_ignore,
+        waits=[encode(text) for text in budget.waits],
+        max_answer_tokens=budget.max_answer_tokens,
+        max_total_tokens=min(context_length, budget.max_total_tokens or context_length),
+    )
 
 
 def with_start(prompt: list[int], profile: ProfileIds) -> tuple[list[int], int]:

@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.processes import wait_until
 from tests.tiny import model_directory
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +72,26 @@ def run(words: list[str], devices: int = 1) -> tuple[int, str]:
     process = start(words, devices)
     output, _ = process.communicate(timeout=500)
     return process.returncode, output
+
+
+def wait_for_step(output: Path, processes: Sequence["subprocess.Popen[str]"], step: int) -> None:
+    """Wait until the run has written down so many steps."""
+    path = output / "metrics.jsonl"
+    wait_until(lambda: path.exists() and len(path.read_text().splitlines()) >= step, processes)
+
+
+def largest_file(checkpoint: Path) -> Path:
+    """The file of a checkpoint that holds most of its arrays."""
+    return max(checkpoint.rglob("d/*"), key=lambda path: path.stat().st_size)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happened to."""
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    status, text = run(command(output))
+    assert status == 0, text
+    return output
 
 
 def metrics(output: Path) -> list[dict]:

@@ -1,7 +1,6 @@
 """Full disks, losses that are not finite, held-out examples, and trackers."""
 
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,36 +13,27 @@ from s1jax.config import MeshSection, ModelSection
 from s1jax.data.examples import load_examples
 from s1jax.model.load import load_model
 from s1jax.model.token_logprobs import token_logprobs
+from tests.small_disk import small_disk
 from tests.tiny import QWEN3, model_directory
 from tests.training.conftest import Command, metrics, run
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", disk], check=False).returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
-    command: Command, small_disk: Path, tmp_path: Path
+    command: Command, undisturbed: Path, tmp_path: Path
 ) -> None:
-    output = small_disk / "run"
-    status, text = run(command(output))
-    assert status == 1, text
-    assert "could not be written" in text
-    assert "No space left" in text
-    assert "step 2 is intact" in text
-    subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
-    status, text = run(command(output))
-    assert status == 0, text
-    assert "going on from the checkpoint of step 2" in text
-    assert run(command(tmp_path / "undisturbed"))[0] == 0
-    assert metrics(output) == metrics(tmp_path / "undisturbed")
+    with small_disk(tmp_path / "disk", "2500k") as disk:
+        output = disk / "run"
+        status, text = run(command(output))
+        assert status == 1, text
+        assert "could not be written" in text
+        assert "No space left" in text
+        assert "step 2 is intact" in text
+        subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
+        status, text = run(command(output))
+        assert status == 0, text
+        assert "going on from the checkpoint of step 2" in text
+        assert metrics(output) == metrics(undisturbed)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.training.conftest import Command, metrics, run, start
+from tests.training.conftest import Command, metrics, run, start, wait_for_step
 
 MESH = ["mesh.fsdp=8", "mesh.tensor=2", "training.num_epochs=4", "checkpoint.every_steps=4"]
 
@@ -25,14 +25,6 @@ def free_port() -> int:
 def start_both(command: Command, output: Path, *more: str) -> list["subprocess.Popen[str]"]:
     meeting = [f"mesh.coordinator=127.0.0.1:{free_port()}", "mesh.num_processes=2"]
     return [start(command(output, *MESH, *meeting, f"mesh.process_id={i}", *more), devices=8) for i in range(2)]
-
-
-def wait_for_step(output: Path, processes: list["subprocess.Popen[str]"], step: int) -> None:
-    path = output / "metrics.jsonl"
-    while not (path.exists() and len(path.read_text().splitlines()) >= step):
-        for process in processes:
-            assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
 
 
 @pytest.mark.slow

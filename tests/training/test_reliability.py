@@ -2,27 +2,11 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.training.conftest import Command, metrics, run, start
-
-
-@pytest.fixture(scope="module")
-def undisturbed(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("undisturbed") / "run"
-    status, text = run(command(output))
-    assert status == 0, text
-    return output
-
-
-def wait_for_step(output: Path, process, step: int) -> None:
-    path = output / "metrics.jsonl"
-    while not (path.exists() and len(path.read_text().splitlines()) >= step):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
+from tests.training.conftest import Command, largest_file, metrics, run, start, wait_for_step
 
 
 def assert_same_end(output: Path, undisturbed: Path) -> None:
@@ -38,7 +22,7 @@ def test_killed_at_any_moment_the_same_command_ends_bit_identically(
 ) -> None:
     output = tmp_path / "run"
     process = start(command(output))
-    wait_for_step(output, process, step)
+    wait_for_step(output, [process], step)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     status, text = run(command(output))
@@ -50,7 +34,7 @@ def test_killed_at_any_moment_the_same_command_ends_bit_identically(
 def test_sigterm_saves_says_how_to_go_on_and_exits_143(command: Command, undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     process = start(command(output, "checkpoint.every_steps=100"))
-    wait_for_step(output, process, 1)
+    wait_for_step(output, [process], 1)
     process.send_signal(signal.SIGTERM)
     text, _ = process.communicate()
     assert process.returncode == 143, text
@@ -69,7 +53,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
     assert run(command(output, "training.max_steps=4"))[0] == 0
     # As if the run had been killed before its export: the same steps are left to take, on another schedule's end.
     (output / "model").rename(output / "model-before")
-    arrays = max((output / "checkpoints" / "4").rglob("d/*"), key=lambda path: path.stat().st_size)
+    arrays = largest_file(output / "checkpoints" / "4")
     content = bytearray(arrays.read_bytes())
     content[len(content) // 2] ^= 1
     arrays.write_bytes(content)
@@ -86,7 +70,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
 def test_a_second_run_and_a_changed_configuration_are_refused(command: Command, tmp_path: Path) -> None:
     output = tmp_path / "run"
     process = start(command(output))
-    wait_for_step(output, process, 1)
+    wait_for_step(output, [process], 1)
     process.send_signal(signal.SIGSTOP)  # It lives, but will not be done before the second has looked.
     status, text = run(command(output))
     assert status == 1
@@ -110,7 +94,7 @@ def test_restored_onto_another_mesh_the_losses_are_the_same(
 ) -> None:
     output = tmp_path / "run"
     process = start(command(output))
-    wait_for_step(output, process, 4)
+    wait_for_step(output, [process], 4)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     first = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])

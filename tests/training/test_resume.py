@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,17 +14,10 @@ from s1jax.config_reader import load_config
 from s1jax.training.checkpoint import DamagedCheckpointsError
 from s1jax.training.loop import train
 from s1jax.training.run_directory import RunError
-from tests.training.conftest import Command, metrics, run, start
+from tests.processes import wait_until
+from tests.training.conftest import Command, largest_file, metrics, run, start
 
 WEIGHTS = "model/model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def undisturbed(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("undisturbed") / "run"
-    status, text = run(command(output))
-    assert status == 0, text
-    return output
 
 
 def unfinished(undisturbed: Path, output: Path) -> Path:
@@ -47,7 +39,7 @@ def sealing_a_checkpoint(output: Path) -> bool:
 
 
 def exporting(output: Path) -> bool:
-    return any(path.name == ".model.partial" for path in output.iterdir())
+    return (output / ".model.partial").exists()
 
 
 @pytest.mark.slow
@@ -57,9 +49,7 @@ def test_killed_while_it_writes(
 ) -> None:
     output = tmp_path / "run"
     process = start(command(output))
-    while not (output.is_dir() and moment(output)):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.0005)
+    wait_until(lambda: moment(output), [process], seconds=0.0005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (output / "model").exists()
@@ -91,7 +81,7 @@ def test_a_damaged_checkpoint_is_named_and_set_aside(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = unfinished(undisturbed, tmp_path / "run")
-    damage(max((output / "checkpoints" / "6").rglob("d/*"), key=lambda path: path.stat().st_size))
+    damage(largest_file(output / "checkpoints" / "6"))
     assert train(config(command, output)) == 0
     printed = capsys.readouterr().out
     assert "checkpoint 6 is damaged" in printed
@@ -107,7 +97,7 @@ def test_when_all_checkpoints_are_damaged_nothing_is_trained(
 ) -> None:
     output = unfinished(undisturbed, tmp_path / "run")
     for step in ("4", "6"):
-        truncate(max((output / "checkpoints" / step).rglob("d/*"), key=lambda path: path.stat().st_size))
+        truncate(largest_file(output / "checkpoints" / step))
     with pytest.raises(DamagedCheckpointsError, match=r"start again with another training\.output_dir"):
         train(config(command, output))
     assert sorted(path.name for path in (output / "damaged-checkpoints").iterdir()) == ["4", "6"]
@@ -123,9 +113,7 @@ def test_the_newest_checkpoints_are_kept(undisturbed: Path) -> None:
 def test_from_sixteen_shards_to_eight_by_two(command: Command, undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     process = start(command(output, "mesh.fsdp=16"), devices=16)
-    while not (output / "checkpoints" / "2" / "manifest.0.json").exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
+    wait_until((output / "checkpoints" / "2" / "manifest.0.json").exists, [process])
     process.send_signal(signal.SIGKILL)
     process.communicate()
     status, text = run(command(output, "mesh.fsdp=8", "mesh.tensor=2"), devices=16)
