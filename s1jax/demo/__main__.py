@@ -66,8 +66,9 @@ def main(output: Path, seed: int = 0) -> None:
     summary = json.loads((output / "evaluation" / "summary.json").read_text(encoding="utf-8"))
     print(table(summary["tasks"]["test"]))
     print(
-        f"This is a miniature: a model of {_num_parameters():,} parameters on synthetic sums, with a teacher whose "
-        "answers are not all right. It shows how budgets and waits work, not how well a language model reasons."
+        f"This is a miniature: a model of {_num_parameters(output / 'start'):,} parameters on synthetic sums, with a "
+        "teacher whose answers are not all right. It shows how budgets and waits work, not how well a language model "
+        "reasons."
     )
     print(
         f"training {trained - started:.0f} s, evaluation {time.monotonic() - trained:.0f} s; "
@@ -106,8 +107,8 @@ def _write_untrained_model(output: Path, train: Path, seed: int) -> None:
     tokenizer.save_pretrained(output / "start")
 
 
-def _num_parameters() -> int:
-    model = Qwen(QwenConfig.from_hf({**_CONFIG, "vocab_size": 512}), dtype=jnp.float32)
+def _num_parameters(directory: Path) -> int:
+    model = Qwen(QwenConfig.from_directory(directory), dtype=jnp.float32)
     return sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params()))
 
 
