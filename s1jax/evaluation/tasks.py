@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +31,10 @@ class HubTask:
     name: str | None = None
     question: tuple[str, ...] = ("problem", "question")
     answer: tuple[str, ...] = ("answer",)
-    form: Literal["plain", "gsm8k", "gpqa"] = "plain"
+    other_options: tuple[str, ...] = ()
+    """Columns of a multiple-choice question's wrong options."""
+    worked: bool = False
+    """The answer stands after "####" at the end of a worked solution."""
 
 
 TASKS = {
@@ -39,11 +42,15 @@ TASKS = {
     "aime25": HubTask("TIGER-Lab/AIME25", "train"),
     "math500": HubTask("HuggingFaceH4/MATH-500", "test"),
     "gpqa_diamond": HubTask(
-        "Idavidrein/gpqa", "train", "gpqa_diamond", ("Question",), ("Correct Answer",), form="gpqa"
+        "Idavidrein/gpqa",
+        "train",
+        "gpqa_diamond",
+        ("Question",),
+        ("Correct Answer",),
+        ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"),
     ),
-    "gsm8k": HubTask("openai/gsm8k", "test", "main", form="gsm8k"),
+    "gsm8k": HubTask("openai/gsm8k", "test", "main", worked=True),
 }
-_GPQA_WRONG = ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 
 
 def load_task(task: str, *, seed: int, limit: int | None) -> list[Question]:
@@ -61,15 +68,17 @@ def load_task(task: str, *, seed: int, limit: int | None) -> list[Question]:
     problems, questions = list(source.problems), []
     for index, (number, row) in enumerate(source.rows):
         text, answer = _first(row, layout.question), _first(row, layout.answer)
-        missing = [keys[0] for keys, value in ((layout.question, text), (layout.answer, answer)) if value is None]
+        others = [_first(row, (key,)) for key in layout.other_options]
+        columns = (layout.question, layout.answer, *((key,) for key in layout.other_options))
+        missing = [keys[0] for keys, value in zip(columns, (text, answer, *others), strict=True) if value is None]
         if missing:
             problems += [Problem(number, f"{key}: expected a text, found {describe(row.get(key))}") for key in missing]
             continue
         kind: Kind = "math"
-        if layout.form == "gsm8k":
+        if layout.worked:
             answer = str(answer).rpartition("####")[2].strip()
-        elif layout.form == "gpqa":
-            text, answer = _shuffled(str(text), [str(answer), *(str(row[key]) for key in _GPQA_WRONG)], rng)
+        elif others:
+            text, answer = _shuffled(str(text), [str(answer), *map(str, others)], rng)
             kind = "choice"
         questions.append(Question(name, str(row.get("id", index)), str(text), str(answer), kind))
     if problems:

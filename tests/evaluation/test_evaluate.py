@@ -229,6 +229,9 @@ def test_options_are_shuffled_by_seed_and_answers_are_letters(monkeypatch: pytes
         assert question.text.startswith("Which?\n\nA) ")
     assert questions == load_task("gpqa_diamond", seed=1, limit=None)
     assert questions != load_task("gpqa_diamond", seed=2, limit=None)
+    del row["Incorrect Answer 2"]
+    with pytest.raises(InputError, match="row 1: Incorrect Answer 2: expected a text, found null"):
+        load_task("gpqa_diamond", seed=1, limit=None)
 
 
 def test_gsm8k_answers_are_what_follows_the_hashes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,228 @@
+"""This project's models in lm-evaluation-harness, thinking budgets included: python -m s1jax.evaluation.harness ...
+
+The command takes what `lm_eval` takes, and knows `--model s1jax` beside the harness's own models. Importing this
+module registers it. Needs the extra `lm-eval`.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import maybe_truncate, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from s1jax.compilation_cache import keep_compilations
+from s1jax.config import MeshSection, ModelSection
+from s1jax.decoding.budget import ThinkingBudget
+from s1jax.decoding.generate import Finished, Generator, Request
+from s1jax.decoding.profiles import load_profile, prepare_prompt, tokenize_profile
+from s1jax.decoding.sampling import Sampling
+from s1jax.decoding.score import score_rows
+from s1jax.model.load import load_model
+
+_MAX_ANSWER_TOKENS = 1024
+"""Of what `max_gen_toks` allows, at most so many tokens are kept for the answer after the thinking."""
+_BUDGET_ARGUMENTS = ("max_tokens_thinking", "thinking_n_ignore", "thinking_n_ignore_str")
+"""s1's names among gen_kwargs."""
+
+
+class _Settings(NamedTuple):
+    """What one run of the generator has for all its requests."""
+
+    thinks: bool
+    sampling: Sampling
+    seed: int
+
+
+@register_model("s1jax")
+class S1jaxLM(TemplateLM):
+    """A Qwen model, run by s1jax.
+
+    A request whose gen_kwargs have one of `max_tokens_thinking` (a number, or auto: what `max_gen_toks` and the
+    context leave), `thinking_n_ignore` and `thinking_n_ignore_str` thinks before it answers, within that budget, and
+    its result is the answer alone; `until` ends the answer. Every other request is generated as it stands.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        dtype: str = "float32",
+        profile: str = "s1",
+        batch_size: int | str = 8,
+        max_length: int | None = None,
+        seed: int = 0,
+        fsdp: int = -1,
+        tensor: int = 1,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+    ):
+        """Read the model.
+
+        Args:
+            pretrained: model directory or hub id.
+            dtype: of the computation; s1 evaluated in float32, so that batching does not change greedy results.
+            profile: delimiters of thinking requests, as `budget.profile`.
+            batch_size: rows computed at once.
+            max_length: prompt and output together, in tokens; None: the model's context.
+            seed: of all draws, where a request's own gen_kwargs have none.
+            fsdp: shards of parameters and rows, as `mesh.fsdp`.
+            tensor: shards of heads and feed-forward, as `mesh.tensor`.
+            device: not used, jax chooses (JAX_PLATFORMS); the harness always gives one.
+            max_batch_size: must be None: batch sizes are not searched for.
+
+        Raises ValueError, OSError or a subclass for a model, profile or mesh that cannot be used.
+        """
+        super().__init__()
+        if max_batch_size is not None or not str(batch_size).isdecimal():
+            raise ValueError("s1jax needs a --batch_size that is a number, and no --max_batch_size")
+        section = ModelSection(path=pretrained, dtype=dtype)  # type: ignore[arg-type]
+        delimiters = load_profile(profile)
+        self._loaded = load_model(section, MeshSection(fsdp=fsdp, tensor=tensor))
+        self.tokenizer, config = self._loaded.tokenizer, self._loaded.model.config
+        self._profiles = {
+            False: tokenize_profile(load_profile("none"), self.tokenizer, config.vocab_size),
+            True: tokenize_profile(delimiters, self.tokenizer, config.vocab_size),
+        }
+        self._batch_size, self._seed = int(batch_size), seed
+        self._max_length = min(max_length or config.max_position_embeddings, config.max_position_embeddings)
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id that ends a text, which also stands before one that is scored without a context."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness keeps caches of templated requests under."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """The ids of a text; Qwen's tokenizers put none around it."""
+        return list(self.tokenizer(string, add_special_tokens=bool(add_special_tokens)).input_ids)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Messages as the text of a prompt, or, without a generation prompt, to be continued in the last one."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """(log-probability, whether greedy) of each continuation; of what is too long, the context is cut in front."""
+        # The model never reads a row's last id, so a row may be one longer than its context.
+        rows = [(context + continuation)[-self._max_length - 1 :] for _, context, continuation in requests]
+        results = []
+        for (key, _, continuation), row in zip(requests, score_rows(self._loaded, rows, self._batch_size), strict=True):
+            # The first id of a row that was cut down to its continuation has nothing before it to be scored from.
+            scored = slice(max(1, len(row["input_ids"]) - len(continuation)), None)
+            result = (sum(row["logprobs"][scored]), all(row["greedy"][scored]))
+            results.append(result)
+            if key is not None:
+                self.cache_hook.add_partial("loglikelihood", key, result)
+        return results
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-probability of each whole text, in windows of the context where it is longer."""
+        pairs: list[tuple[Any, list[int], list[int]]] = []
+        counts = []
+        for request in requests:
+            windows = get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self._max_length, context_len=1
+            )
+            own = [(None, *make_disjoint_window(window)) for window in windows]
+            pairs += own
+            counts.append(len(own))
+        scores = iter(score for score, _ in self._loglikelihood_tokens(pairs))
+        totals = [sum(next(scores) for _ in range(count)) for count in counts]
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The text that follows each context, or the answer alone where it thinks, up to the first of `until`."""
+        stops: list[list[str]] = []
+        groups: dict[_Settings, list[Request]] = defaultdict(list)
+        for index, instance in enumerate(requests):
+            context, gen_kwargs = instance.args
+            settings, request, until = self._request(index, context, gen_kwargs)
+            groups[settings].append(request)
+            stops.append(until)
+        results = [""] * len(requests)
+        for settings, group in groups.items():
+            generator = Generator(
+                self._loaded,
+                self.tokenizer,
+                self._profiles[settings.thinks],
+                settings.sampling,
+                seed=settings.seed,
+                batch_size=self._batch_size,
+            )
+            for event in generator.run(group):
+                if isinstance(event, Finished):
+                    index = event.request.index
+                    results[index] = postprocess_generated_text(event.generation.answer, stops[index], None)
+                    self.cache_hook.add_partial("generate_until", requests[index].args, results[index])
+        return results
+
+    def _request(self, index: int, context: str, gen_kwargs: dict[str, Any]) -> tuple[_Settings, Request, list[str]]:
+        """The request of one context, the settings it runs under, and the texts that end its answer.
+
+        Raises ValueError for gen_kwargs that are not known, or leave no room for an answer.
+        """
+        arguments = dict(normalize_gen_kwargs(gen_kwargs))
+        thinking = {name: arguments.pop(name) for name in _BUDGET_ARGUMENTS if name in arguments}
+        until, total = arguments.pop("until"), arguments.pop("max_gen_toks")
+        if not arguments.pop("do_sample"):
+            arguments["temperature"] = 0.0
+        seed = int(arguments.pop("seed", self._seed))
+        try:
+            sampling = Sampling(**arguments)
+        except TypeError:
+            known = ["until", "max_gen_toks", "do_sample", "seed", *Sampling.__annotations__, *_BUDGET_ARGUMENTS]
+            raise ValueError(f"gen_kwargs: {sorted(arguments)}: known are {', '.join(known)}") from None
+        profile = self._profiles[bool(thinking)]
+        # A thinking prompt may still get its start delimiter.
+        prompt_ids, total = maybe_truncate(
+            self.tok_encode(context), total, self._max_length - len(profile.start), shrink_gen_toks=True
+        )
+        prompt = prepare_prompt(prompt_ids, profile)
+        if thinking:
+            budget = _thinking_budget(thinking, total, len(profile.budget_end_with_newline))
+        else:
+            budget = ThinkingBudget(max_answer_tokens=total)
+        budget = replace(budget, max_total_tokens=len(prompt.prompt_ids) + total)
+        return _Settings(bool(thinking), sampling, seed), Request(prompt, budget, index), until
+
+
+def _thinking_budget(arguments: dict[str, Any], total: int, ending: int) -> ThinkingBudget:
+    """A budget from s1's arguments, where thinking, what ends it (of so many tokens) and answer have `total` tokens.
+
+    Raises ValueError where that leaves no answer.
+    """
+    limit = arguments.get("max_tokens_thinking", "auto")
+    limit = limit if limit == "auto" else int(limit)
+    room = (total - ending) // 2 if limit == "auto" else total - ending - limit
+    if room < 1:
+        raise ValueError(f"gen_kwargs: max_gen_toks ({total}) leaves no answer after max_tokens_thinking ({limit})")
+    return ThinkingBudget(
+        max_thinking_tokens=limit,
+        num_ignore=int(arguments.get("thinking_n_ignore", 0)),
+        wait=str(arguments.get("thinking_n_ignore_str", "Wait")),
+        max_answer_tokens=min(_MAX_ANSWER_TOKENS, room),
+    )
+
+
+if __name__ == "__main__":
+    keep_compilations()
+    cli_evaluate()
