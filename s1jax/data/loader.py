@@ -46,7 +46,7 @@ class StepLoader(Iterator[Batch]):
         seed: of the orders, 0 or more.
         packing: whether examples share rows; see `packing.plan_step`.
         loss_average: see `packing.build_batch`.
-        block_size: the longest row there can be.
+        block_size: the longest example there can be, in tokens.
         num_microbatches: parts of a step that gradients are accumulated over.
         num_shards: the rows of a step are a multiple of this: batch shards of the mesh times
             `num_microbatches`.

@@ -45,16 +45,19 @@ class Batch(NamedTuple):
 
 
 def length_buckets(block_size: int) -> tuple[int, ...]:
-    """Row lengths to choose from, ascending: 256 * (1, 1.5, 2, 3, 4, 6, 8, ...) below `block_size`, and that.
+    """Row lengths to choose from, ascending; the last holds `block_size` tokens.
 
-    All but `block_size` are multiples of 128, the tile of TPU and GPU attention kernels.
+    Two in each doubling from 256 on, and from 4,096 on eight, where a step costs so much that padding outweighs another
+    compilation (of s1K on 8 shards 10% are padding instead of 18%). Beyond 256 all are multiples of 128, the tile of
+    TPU and GPU attention kernels.
     """
-    buckets = []
+    buckets: list[int] = []
     length = 256
     while length < block_size:
-        buckets += [length, length * 3 // 2]
+        buckets += range(length, 2 * length, length // (8 if length >= 4096 else 2))
         length *= 2
-    return (*(length for length in buckets if length < block_size), block_size)
+    last = block_size if block_size <= 256 else _round_up(block_size, 128)
+    return (*(length for length in buckets if length < block_size), last)
 
 
 def plan_step(
@@ -69,15 +72,15 @@ def plan_step(
     Args:
         lengths: tokens of each example.
         num_shards: the number of rows is a multiple of this; rows beyond what is needed are empty.
-        block_size: the longest row there can be.
-        buckets: row lengths to choose from, ascending, up to and including `block_size`.
+        block_size: the longest example there can be.
+        buckets: row lengths to choose from, ascending, the last of at least `block_size`.
         packing: whether examples may share rows. Without, row i is example i.
 
     Raises:
-        ValueError: if an example is longer than `block_size`, or the buckets do not end there.
+        ValueError: if an example is longer than `block_size`, or than every bucket.
     """
-    if buckets[-1] != block_size:
-        raise ValueError(f"the last of buckets={tuple(buckets)} must be block_size={block_size}")
+    if buckets[-1] < block_size:
+        raise ValueError(f"the last of buckets={tuple(buckets)} must hold block_size={block_size}")
     longest = max(lengths)
     if longest > block_size:
         raise ValueError(f"an example of {longest} tokens does not fit block_size={block_size}")

@@ -32,13 +32,15 @@ def token_logprobs(
     @jax.checkpoint
     def score(chunk_of: tuple[Array, Array]) -> tuple[Array, Array]:
         chunk_hidden, chunk_targets = chunk_of
-        logits = model.logits(params, constrain(chunk_hidden, "batch", "length", None))
+        logits = model.logits(gathered, constrain(chunk_hidden, "batch", "length", None))
         logits = constrain(logits, "batch", "length", "vocab")
         # A comparison instead of a gather: it needs no communication when the vocabulary is sharded.
         is_target = jnp.arange(logits.shape[-1]) == chunk_targets[..., None]
         target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
         return target_logits - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1)
 
+    # Gathered over fsdp once, not for every slice; as stored, so that the slices' gradients add up in full precision.
+    gathered = {model.head_name: constrain(params[model.head_name], "vocab", None)}
     hidden = constrain(hidden, "batch", "length", None)
     chunks = jax.lax.map(score, (split(hidden), split(targets)))
     logprobs, best = (jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in chunks)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from s1jax.config import OptimizerSection
 from s1jax.data.packing import Batch
-from s1jax.mesh import named_sharding
+from s1jax.mesh import constrain, named_sharding
 from s1jax.model.qwen import Params, Qwen
 from s1jax.model.token_logprobs import token_logprobs
 from s1jax.training.optimizer import adamw, learning_rate
@@ -53,7 +53,14 @@ def loss(model: Qwen, params: Params, batch: Batch) -> Float[Array, ""]:
 
 def gradients(model: Qwen, params: Params, batch: Batch) -> tuple[Float[Array, ""], Params]:
     """Loss and float32 gradients of the whole step: the sum over its microbatches, which the weights make a mean."""
-    value_and_grad = jax.value_and_grad(partial(loss, model))
+
+    def value_and_grad(params: Params, microbatch: Batch) -> tuple[Array, Params]:
+        value, grads = jax.value_and_grad(partial(loss, model))(params, microbatch)
+        # Said outright, so that sums over the mesh are scattered where they are made, never held whole.
+        return value, jax.tree.map(
+            lambda axes, g: constrain(g, *axes), model.axes(), grads, is_leaf=lambda x: isinstance(x, tuple)
+        )
+
     if batch.input_ids.shape[0] == 1:
         return value_and_grad(params, jax.tree.map(lambda x: x[0], batch))
 

@@ -31,8 +31,8 @@ def example(length, rng):
     ("block_size", "buckets"),
     [
         (4096, (256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)),
-        (20_000, (256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 20_000)),
-        (300, (256, 300)),
+        (9000, (256, 384, 512, 768, 1024, 1536, 2048, 3072, *range(4096, 8192, 512), 8192, 9088)),
+        (300, (256, 384)),
         (256, (256,)),
         (64, (64,)),
     ],
@@ -44,8 +44,8 @@ def test_length_buckets(block_size, buckets):
 @given(block_size=st.integers(2, 70_000))
 def test_length_buckets_ascend_by_half_or_less_to_the_block_size(block_size):
     buckets = length_buckets(block_size)
-    assert buckets[-1] == block_size
-    assert all(length % 128 == 0 for length in buckets[:-1])
+    assert block_size <= buckets[-1] < block_size + 128
+    assert all(length % 128 == 0 for length in buckets if length > 256)
     assert all(a < b <= a * 1.5 for a, b in pairwise(buckets))
 
 
@@ -109,7 +109,7 @@ def test_a_tight_packing_is_found_where_a_balanced_one_does_not_fit():
     ("lengths", "buckets", "message"),
     [
         ([10, 65], (32, 64), "an example of 65 tokens does not fit block_size=64"),
-        ([10], (32,), r"the last of buckets=\(32,\) must be block_size=64"),
+        ([10], (32,), r"the last of buckets=\(32,\) must hold block_size=64"),
     ],
 )
 def test_what_cannot_be_planned(lengths, buckets, message):
