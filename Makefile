@@ -5,7 +5,9 @@ RUN = $(VENV)/bin/python
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 LOCK = requirements/py$(VERSION).txt
 
-.PHONY: install lint typecheck test demo lock
+COMPILERS = requirements/compilers-py$(VERSION).txt
+
+.PHONY: install compilers lint typecheck test demo lock
 
 install: $(VENV)/installed
 
@@ -15,6 +17,15 @@ $(VENV)/installed: pyproject.toml $(LOCK)
 	$(RUN) -m pip install --quiet --constraint $(LOCK) --editable '.[dev]'
 	touch $@
 
+# XLA's compilers for GPU and TPU, with which plans are made. Beside the environment, not in it: jax would look for
+# the hardware each time it starts. PYTHONPATH=$(VENV)/compilers shows them to a plan.
+compilers: $(VENV)/compilers/installed
+
+$(VENV)/compilers/installed: $(COMPILERS) | install
+	rm -rf $(VENV)/compilers
+	$(RUN) -m pip install --quiet --no-deps --target $(VENV)/compilers --requirement $(COMPILERS)
+	touch $@
+
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -22,7 +33,7 @@ lint: install
 typecheck: install
 	$(VENV)/bin/mypy
 
-test: install
+test: install compilers
 	$(RUN) -m pytest -n 2 --dist loadscope
 
 demo: install

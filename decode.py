@@ -6,6 +6,8 @@ from typing import Any
 
 from s1jax.config import BenchmarkConfig, EvaluateConfig, GenerateConfig, ScoreConfig
 from s1jax.config_reader import command_line
+from s1jax.device_memory import use_most_of_gpu
+from s1jax.planning.hardware import use_compilers_only
 
 MODES: dict[str, tuple[type[Any], str]] = {
     "generate": (GenerateConfig, "s1jax.decoding.cli"),
@@ -27,16 +29,22 @@ def main(words: list[str]) -> int:
     mode, *rest = words
     root, module = MODES[mode]
     config = command_line(root, rest, f"python decode.py {mode} [CONFIG.yaml] section.key=value ...")
+    planned = mode == "generate" and config.plan.target
+    if planned:
+        use_compilers_only()
+        mode, module = "plan", "s1jax.planning.generation"
+    else:
+        use_most_of_gpu()
     # Imported here because it is slow: --help and mistakes in the keys answer at once.
     from s1jax.compilation_cache import keep_compilations
 
     keep_compilations()
     try:
-        getattr(importlib.import_module(module), mode)(config)
+        status = getattr(importlib.import_module(module), mode)(config)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return status if planned else 0
 
 
 if __name__ == "__main__":

@@ -1,22 +1,33 @@
-"""Supervised fine-tuning: python train.py CONFIG.yaml section.key=value ..."""
+"""Supervised fine-tuning: python train.py CONFIG.yaml section.key=value ... [--plan TARGET]"""
 
 import os
 import sys
 
 from s1jax.config import TrainConfig
 from s1jax.config_reader import command_line
+from s1jax.device_memory import use_most_of_gpu
+from s1jax.planning.hardware import use_compilers_only
 
 
 def main(words: list[str]) -> int:
-    """Parse the command line, train, and return the exit status."""
-    config = command_line(TrainConfig, words, "python train.py CONFIG.yaml section.key=value ...")
+    """Parse the command line, train or plan, and return the exit status."""
+    config = command_line(TrainConfig, words, "python train.py CONFIG.yaml section.key=value ... [--plan TARGET]")
+    if config.plan.target:
+        use_compilers_only()
+    else:
+        use_most_of_gpu()
     import jax  # Slow to import: --help and mistakes in the keys answer at once.
 
     from s1jax.compilation_cache import keep_compilations
-    from s1jax.training.loop import train
 
     keep_compilations()
     try:
+        if config.plan.target:
+            from s1jax.planning.cli import plan
+
+            return plan(config)
+        from s1jax.training.loop import train
+
         return train(config)
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

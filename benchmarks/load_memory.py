@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from s1jax.config import MeshSection, ModelSection
 from s1jax.mesh import make_mesh
+from s1jax.model.config import QwenConfig
 from s1jax.model.hf import load_params
 from s1jax.model.load import build_model
 
@@ -27,7 +28,7 @@ def peak() -> float:
 
 def main(path: str, dtype: str = "bfloat16") -> None:
     directory = Path(path)
-    model = build_model(ModelSection(path=path, dtype=dtype), directory, param_dtype=dtype)
+    model = build_model(ModelSection(path=path, dtype=dtype), QwenConfig.from_directory(directory), param_dtype=dtype)
     mesh = make_mesh(**vars(MeshSection()))
     jax.block_until_ready(jnp.zeros(1))
     before, start = peak(), time.perf_counter()

@@ -30,7 +30,7 @@ class ModelSection:
     )
 
 
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "gate", "full"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 
@@ -41,7 +41,8 @@ class TrainedModelSection(ModelSection):
 
     remat: Remat = Field(
         default="full",
-        description="what the forward pass keeps: none = everything, dots = matmul outputs, full = layer inputs only",
+        description="what the forward pass keeps: none = everything, dots = matmul outputs, "
+        "gate = layer inputs and gate projections, full = layer inputs only",
     )
 
 
@@ -127,6 +128,30 @@ class MeshSection:
 
 
 @dataclass(frozen=True, config=STRICT)
+class PlanSection:
+    """Compile for hardware that is not here, instead of running."""
+
+    target: str | None = Field(default=None, description="h100:2x8, tpu:v5p:2x2x4, ...; --plan TARGET is the same")
+    output: str | None = Field(default=None, description="JSON file to write")
+    efficiency: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.45, description="share of the peak that matrix products reach"
+    )
+    price_per_device_hour: NonNegative | None = Field(default=None, description="to say what the run costs")
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainPlanSection(PlanSection):
+    """Compile for hardware that is not here, instead of training."""
+
+    search: bool = Field(default=False, description="try remat policies, accumulation and meshes too, and rank them")
+    num_examples: Positive = Field(default=1000, description="where data.path cannot be read: so many examples,")
+    mean_length: Positive | None = Field(
+        default=None, description="of this mean length in tokens, log-normally spread; null: all of data.block_size"
+    )
+    max_length: Positive | None = Field(default=None, description="the longest of them; null: data.block_size")
+
+
+@dataclass(frozen=True, config=STRICT)
 class ScoreConfig:
     """python decode.py score: log-probabilities of given texts."""
 
@@ -151,6 +176,7 @@ class TrainConfig:
     checkpoint: CheckpointSection = Field(default=CheckpointSection(), description="checkpoints")
     logging: LoggingSection = Field(default=LoggingSection(), description="metrics")
     mesh: MeshSection = Field(default=MeshSection(), description="device mesh")
+    plan: TrainPlanSection = Field(default=TrainPlanSection(), description="planning")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -201,6 +227,7 @@ class GenerateConfig:
     batch_size: Positive = Field(default=8, description="rows decoded at once")
     logprobs: bool = Field(default=False, description="write each output token's log-probability too")
     mesh: MeshSection = Field(default=MeshSection(), description="device mesh")
+    plan: PlanSection = Field(default=PlanSection(), description="planning")
 
 
 def _split(value: Any) -> Any:

@@ -76,7 +76,14 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def command_line(root: type[Root], words: Sequence[str], usage: str) -> Root:
-    """`load_config` for a program's main function: --help prints the keys, an error ends it with status 2."""
+    """`load_config` for a program's main function: --help prints the keys, an error ends it with status 2.
+
+    `--plan TARGET` is another way to write `plan.target=TARGET`.
+    """
+    words = list(words)
+    if "--plan" in words[:-1]:
+        at = words.index("--plan")
+        words[at : at + 2] = [f"plan.target={words[at + 1]}"]
     if not words or {"--help", "-h"} & set(words):
         print(config_help(root, usage))
         sys.exit(0 if words else 2)

@@ -19,6 +19,7 @@ from s1jax.decoding.generate import STEPS_PER_CHUNK, bucket
 from s1jax.decoding.loop import Rows, Shared, decode_chunk, empty_cache, insert, prefill
 from s1jax.decoding.sampling import Sampling
 from s1jax.mesh import batch_shards, make_mesh
+from s1jax.model.config import QwenConfig
 from s1jax.model.hf import load_params, resolve_model
 from s1jax.model.load import LoadedModel, build_model
 from s1jax.model.qwen import KVCache
@@ -51,7 +52,7 @@ def benchmark(config: BenchmarkConfig) -> None:
     """Measure, print a table and write `benchmark.output`. Random weights are used where the directory has none."""
     directory = resolve_model(config.model.path)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    model = build_model(config.model, directory, param_dtype=config.model.dtype)
+    model = build_model(config.model, QwenConfig.from_directory(directory), param_dtype=config.model.dtype)
     has_weights = any(directory.glob("*.safetensors"))
     with jax.set_mesh(mesh):
         params = load_params(directory, model, mesh) if has_weights else model.init(jax.random.key(0), mesh)

@@ -18,7 +18,7 @@ from s1jax.decoding.terminal import TerminalWriter
 from s1jax.jsonl import InputError, resume_jsonl, write_lines
 from s1jax.resume import keep_settings
 
-_FREE_TO_CHANGE = ("output", "batch_size", "mesh", "prompts")
+_FREE_TO_CHANGE = ("output", "batch_size", "mesh", "plan", "prompts")
 """Keys that a run may be resumed with other values of: the results do not depend on them."""
 
 

@@ -33,7 +33,7 @@ def prepare(config: GenerateConfig | EvaluateConfig) -> Setup:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model_config = QwenConfig.from_directory(directory)
     profile = tokenize_profile(load_profile(config.budget.profile), tokenizer, model_config.vocab_size)
-    return Setup(tokenizer, profile, model_config.max_position_embeddings, _sampling(config.sampling))
+    return Setup(tokenizer, profile, model_config.max_position_embeddings, sampling_of(config.sampling))
 
 
 def check_requests(named: Sequence[tuple[str, Request]], profile: ProfileIds, context_length: int) -> None:
@@ -59,5 +59,6 @@ def build_generator(config: GenerateConfig | EvaluateConfig, setup: Setup, *, lo
     )
 
 
-def _sampling(section: SamplingSection) -> Sampling:
+def sampling_of(section: SamplingSection) -> Sampling:
+    """The sampler that a configuration asks for. Raises ValueError for one that cannot be."""
     return Sampling(section.temperature, section.top_k, section.top_p, section.min_p)

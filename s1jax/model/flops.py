@@ -32,10 +32,14 @@ def matmul_parameters(config: QwenConfig) -> int:
     return config.num_hidden_layers * (attention + mlp) + config.vocab_size * config.hidden_size
 
 
+def attention_flops(config: QwenConfig, squared_lengths: int) -> float:
+    """Operations of attention in a training step over examples with this sum of squared lengths."""
+    return 6.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * squared_lengths
+
+
 def training_flops(config: QwenConfig, tokens: int, squared_lengths: int) -> float:
     """Operations of one training step over examples with this many tokens, and this sum of squared lengths."""
-    attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * squared_lengths
-    return 6.0 * matmul_parameters(config) * tokens + attention
+    return 6.0 * matmul_parameters(config) * tokens + attention_flops(config, squared_lengths)
 
 
 def peak_flops(kinds: Iterable[str]) -> float | None:

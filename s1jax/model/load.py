@@ -30,10 +30,10 @@ class LoadedModel:
         return AutoTokenizer.from_pretrained(self.directory)
 
 
-def build_model(section: ModelSection, directory: Path, *, param_dtype: str, remat: Remat = "none") -> Qwen:
-    """The model that the section describes, without weights; `param_dtype` is used where the section has none."""
+def build_model(section: ModelSection, config: QwenConfig, *, param_dtype: str, remat: Remat = "none") -> Qwen:
+    """A model of this architecture, run as the section says; `param_dtype` is used where the section has none."""
     return Qwen(
-        QwenConfig.from_directory(directory),
+        config,
         dtype=jnp.dtype(section.dtype),
         param_dtype=jnp.dtype(section.param_dtype or param_dtype),
         remat=remat,
@@ -48,5 +48,5 @@ def load_model(section: ModelSection, mesh: MeshSection) -> LoadedModel:
     """
     directory = resolve_model(section.path)
     devices = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
-    model = build_model(section, directory, param_dtype=section.dtype)
+    model = build_model(section, QwenConfig.from_directory(directory), param_dtype=section.dtype)
     return LoadedModel(model, load_params(directory, model, devices), devices, directory)

@@ -5,7 +5,7 @@ import importlib.metadata
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
@@ -14,6 +14,7 @@ from types import FrameType
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from transformers import AutoTokenizer
 
 from s1jax.config import TrainConfig
@@ -22,10 +23,11 @@ from s1jax.data.examples import Dataset, Example, load_examples
 from s1jax.data.loader import StepLoader
 from s1jax.data.packing import Batch
 from s1jax.mesh import batch_shards, make_mesh, process_row_shard, start_distributed
+from s1jax.model.config import QwenConfig
 from s1jax.model.flops import peak_flops, training_flops
 from s1jax.model.hf import export_model, load_params, resolve_model
 from s1jax.model.load import build_model
-from s1jax.model.qwen import Params
+from s1jax.model.qwen import Params, Qwen
 from s1jax.training.checkpoint import Checkpoints
 from s1jax.training.metrics import Tracker, check_trackers, open_trackers, save_provenance
 from s1jax.training.run_directory import RunError, check_config, exclusive
@@ -58,6 +60,39 @@ def train(config: TrainConfig) -> int:
         return _Run(config, directory).execute()
 
 
+def training_model(config: TrainConfig, architecture: QwenConfig) -> Qwen:
+    """The model as it is trained: float32 parameters unless the configuration says else."""
+    return build_model(config.model, architecture, param_dtype="float32", remat=config.model.remat)
+
+
+def step_loader(
+    config: TrainConfig,
+    examples: Sequence[Example],
+    mesh: Mesh,
+    row_shard: tuple[int, int],
+    pad_id: int,
+    *,
+    evaluation: bool = False,
+) -> StepLoader:
+    """The steps of a run on this mesh, or of one pass over held-out examples; see `StepLoader`."""
+    microbatches = config.training.gradient_accumulation_steps
+    return StepLoader(
+        examples,
+        batch_size=config.training.batch_size,
+        num_epochs=1 if evaluation else config.training.num_epochs,
+        shuffle=config.data.shuffle and not evaluation,
+        seed=config.training.seed,
+        packing=config.data.packing or evaluation,
+        loss_average=config.training.loss_average,
+        block_size=config.data.block_size,
+        num_microbatches=microbatches,
+        num_shards=batch_shards(mesh) * microbatches,
+        row_shard=row_shard,
+        pad_id=pad_id,
+        fill_last=not evaluation,
+    )
+
+
 class _Run:
     """One process's part of a training run."""
 
@@ -66,7 +101,7 @@ class _Run:
         check_trackers(config.logging)
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         self.source = resolve_model(config.model.path)
-        self.model = build_model(config.model, self.source, param_dtype="float32", remat=config.model.remat)
+        self.model = training_model(config, QwenConfig.from_directory(self.source))
         self.model.abstract_params(self.mesh)  # Refuses a mesh that does not fit before the data is read.
         tokenizer = AutoTokenizer.from_pretrained(self.source)
         self.pad_id = tokenizer.convert_tokens_to_ids(PAD_TOKEN) or 0
@@ -87,22 +122,8 @@ class _Run:
             self._describe(dataset)
 
     def _loader(self, examples: list[Example], evaluation: bool = False) -> StepLoader:
-        config = self.config
-        microbatches = config.training.gradient_accumulation_steps
-        return StepLoader(
-            examples,
-            batch_size=config.training.batch_size,
-            num_epochs=1 if evaluation else config.training.num_epochs,
-            shuffle=config.data.shuffle and not evaluation,
-            seed=config.training.seed,
-            packing=config.data.packing or evaluation,
-            loss_average=config.training.loss_average,
-            block_size=config.data.block_size,
-            num_microbatches=microbatches,
-            num_shards=batch_shards(self.mesh) * microbatches,
-            row_shard=process_row_shard(self.mesh),
-            pad_id=self.pad_id,
-            fill_last=not evaluation,
+        return step_loader(
+            self.config, examples, self.mesh, process_row_shard(self.mesh), self.pad_id, evaluation=evaluation
         )
 
     def _describe(self, dataset: Dataset) -> None:

@@ -21,6 +21,7 @@ _HARMLESS = (
     "mesh.",
     "checkpoint.",
     "logging.",
+    "plan.",
     "model.attention",
     "model.remat",
     "training.force",

@@ -1,0 +1,1 @@
+"""Plans: the program that a command would run, compiled at full size for hardware that is not here."""

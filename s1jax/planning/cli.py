@@ -1,0 +1,76 @@
+"""python train.py CONFIG --plan TARGET: the plan of a run, or a search for the best one."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from s1jax.config import Remat, TrainConfig
+from s1jax.mesh import MeshError
+from s1jax.model.config import QwenConfig
+from s1jax.planning.hardware import GIB, PlanError, Target, parse_target
+from s1jax.planning.lengths import example_lengths
+from s1jax.planning.report import assumptions, describe, ranking
+from s1jax.planning.training import TrainingPlan, plan_run, resolve_architecture
+
+DOES_NOT_FIT = 3
+"""Exit status of a plan that was made, and says no."""
+_SEARCHED_REMAT: tuple[Remat, ...] = ("dots", "gate", "full")
+
+
+def plan(config: TrainConfig) -> int:
+    """Print the plan that the configuration asks for and write `plan.output`; returns the exit status.
+
+    The status is 0 if the run fits, 3 if it does not. Raises ValueError or a subclass with what to change.
+    """
+    assert config.plan.target is not None
+    target = parse_target(config.plan.target)
+    architecture = resolve_architecture(config.model.path)
+    lengths, source = example_lengths(config)
+    devices = target.devices()
+    if config.plan.search:
+        plans = _search(config, target, devices, architecture, lengths, source)
+    else:
+        plans = [plan_run(config, target, devices, architecture, lengths, source)]
+    print(describe(plans[0]))
+    print(assumptions(config.plan, target, plans[0]))
+    if config.plan.search:
+        print("\n" + ranking(plans))
+    if config.plan.output:
+        content = [{**asdict(p), "fits": p.fits, "peak_bytes": p.peak_bytes} for p in plans]
+        Path(config.plan.output).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return 0 if plans[0].fits else DOES_NOT_FIT
+
+
+def _search(
+    config: TrainConfig,
+    target: Target,
+    devices: Sequence[jax.Device],
+    architecture: QwenConfig,
+    lengths: np.ndarray,
+    source: str,
+) -> list[TrainingPlan]:
+    """Plans for all sensible remat policies, accumulations and meshes: those that fit first, the fastest first."""
+    plans = []
+    tensors = [t for t in (1, 2, 4, 8) if target.devices_per_host % t == 0]
+    for tensor, remat, accumulation in product(tensors, _SEARCHED_REMAT, (1, 2)):
+        variant = replace(
+            config,
+            model=replace(config.model, remat=remat),
+            mesh=replace(config.mesh, data=1, fsdp=-1, tensor=tensor),
+            training=replace(config.training, gradient_accumulation_steps=accumulation),
+        )
+        name = f"fsdp {target.num_devices // tensor} x tensor {tensor}, remat {remat}, accumulation {accumulation}"
+        try:
+            plans.append(plan_run(variant, target, devices, architecture, lengths, source))
+        except (MeshError, ValueError) as error:
+            print(f"{name}: {error}", flush=True)
+        else:
+            print(f"{name}: {plans[-1].peak_bytes / GIB:.1f} GiB, {plans[-1].seconds / 60:.1f} min", flush=True)
+    if not plans:
+        raise PlanError(f"{target}: no mesh, remat policy and accumulation could be compiled")
+    return sorted(plans, key=lambda p: (not p.fits, p.seconds))

@@ -1,0 +1,93 @@
+"""Memory and time of a compiled program on hardware that is not here, by the roofline of what it does."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from s1jax.device_memory import GPU_MEMORY_FRACTION
+from s1jax.planning.hardware import Hardware, Target
+from s1jax.planning.hlo import Collective, Program
+from s1jax.planning.traffic import memory_traffic
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device."""
+
+    parameters: int
+    optimizer: int
+    batch: int
+    """What else goes into the program: a step's rows, or a decoder's cache."""
+    temporaries: int
+    """Activations, gradients and whatever else lives only while the program runs, and results that reuse no input."""
+
+    @property
+    def total(self) -> int:
+        """All of it at once."""
+        return self.parameters + self.optimizer + self.batch + self.temporaries
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of one run of a program on one device."""
+
+    compute: float
+    """All matrix products and attention kernels at the stated share of the peak."""
+    memory: float
+    """All traffic to and from the device's memory at its full bandwidth."""
+    exchange: float
+    """All collectives at the full bandwidth of their links."""
+    exposed: float
+    """Of these, what is not hidden behind arithmetic: those of the tensor axis, and what exceeds the arithmetic."""
+
+    @property
+    def total(self) -> float:
+        """The longer of arithmetic and memory traffic, and the exposed exchange."""
+        return max(self.compute, self.memory) + self.exposed
+
+
+def usable_bytes(hardware: Hardware) -> int:
+    """What a program may take of a device: on GPU some is left to the driver and to NCCL."""
+    return int(hardware.memory_bytes * (GPU_MEMORY_FRACTION if hardware.platform == "cuda" else 1.0))
+
+
+def temporaries(compiled: Any, platform: str) -> int:
+    """Bytes that a compiled program needs beside its arguments, results that take over an argument's place aside.
+
+    On TPU all temporaries together are far more than are there at once, and the compiler's own peak counts.
+    """
+    analysis = compiled.memory_analysis()
+    if platform == "tpu":
+        return int(analysis.peak_memory_in_bytes - analysis.argument_size_in_bytes)
+    return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
+
+
+def estimate(program: Program, target: Target, mesh: Mesh, *, efficiency: float, kernel_flops: float = 0.0) -> Estimate:
+    """The roofline of one run; `kernel_flops` are those of one device that the program's HLO does not show."""
+    hardware = target.hardware
+    compute = (program.dot_flops + kernel_flops) / (hardware.peak_flops * efficiency)
+    tensor_group = tuple(np.vectorize(lambda device: device.id)(mesh.devices)[0, 0].tolist())
+    seconds = {c: _exchange_seconds(c, target) for c in program.collectives}
+    tensor = sum(time for collective, time in seconds.items() if collective.group == tensor_group)
+    others = sum(seconds.values()) - tensor
+    return Estimate(
+        compute=compute,
+        memory=memory_traffic(program) / hardware.memory_bandwidth,
+        exchange=tensor + others,
+        exposed=tensor + max(0.0, others - compute),
+    )
+
+
+def _exchange_seconds(collective: Collective, target: Target) -> float:
+    """Time of the collectives on a ring, which no algorithm needs less than for large arrays."""
+    group = collective.group
+    size = max(len(group), 2)
+    hosts = {device // target.devices_per_host for device in group}
+    bandwidth = target.hardware.link_bandwidth
+    if len(hosts) > 1:
+        # Every device has an adapter of its own, and those of a group in one host share what leaves it.
+        bandwidth = min(bandwidth, target.hardware.network_bandwidth * len(group) / len(hosts))
+    passes = 2 if collective.kind == "all-reduce" else 1
+    return passes * collective.num_bytes * (size - 1) / size / bandwidth

@@ -1,0 +1,174 @@
+"""The hardware that programs are planned for: what it can do, and devices to compile for without having it.
+
+Figures are the vendors': dense bfloat16 arithmetic, memory, and links in one direction.
+"""
+
+import importlib.metadata
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from s1jax.model.flops import PEAK_FLOPS
+
+GIB = 2**30
+
+
+class PlanError(ValueError):
+    """A plan that cannot be made; the message says what to change or install."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One kind of device."""
+
+    name: str
+    """As in the target, e.g. h100."""
+    kind: str
+    """The beginning of jax's `device_kind`."""
+    platform: str
+    memory_bytes: int
+    memory_bandwidth: float
+    """Bytes per second between the device and its own memory."""
+    link_bandwidth: float
+    """Bytes per second, one way, that a device has to the others of its host (GPU) or of its slice (TPU)."""
+    network_bandwidth: float
+    """Bytes per second, one way, that a device has to other hosts."""
+    gpu: str = ""
+    """Of a GPU, what the compiler wants to know, as an XLA `GpuTargetConfigProto` in text form."""
+
+    @property
+    def peak_flops(self) -> float:
+        """Dense bfloat16 operations per second."""
+        return next(peak for kind, peak in PEAK_FLOPS.items() if self.kind.startswith(kind))
+
+
+def _gpu(cores: int, clock: float, memory: int, bandwidth: float, cache: int, shared: int, capability: str) -> str:
+    """The target configuration of a data-centre GPU; `shared` is a core's shared memory in bytes."""
+    return (
+        f"gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 "
+        f"shared_memory_per_core: {shared} threads_per_core_limit: 2048 core_count: {cores} "
+        f"fpus_per_core: {128 if capability.startswith('9') else 64} block_dim_limit_x: 2147483647 "
+        f"block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {int(bandwidth)} l2_cache_size: {cache} "
+        f"clock_rate_ghz: {clock} device_memory_size: {memory} shared_memory_per_block_optin: {shared - 1024} "
+        f"cuda_compute_capability {{ major: {capability[0]} minor: {capability[2]} }} "
+        "registers_per_core_limit: 65536 registers_per_block_limit: 65536 } "
+        'platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 0 } '
+        "runtime_version { major: 12 minor: 8 patch: 0 } "
+    )
+
+
+_H100_MEMORY, _H200_MEMORY, _A100_MEMORY = 84_942_979_072, 150_754_820_096, 84_974_239_744
+
+HARDWARE = {
+    hardware.name: hardware
+    for hardware in (
+        # NVLink 4: 900 GB/s both ways; a 400 Gb/s adapter for each GPU. A100: NVLink 3 and 200 Gb/s.
+        Hardware("h100", "NVIDIA H100", "cuda", _H100_MEMORY, 3.352e12, 450e9, 50e9,
+                 _gpu(132, 1.98, _H100_MEMORY, 3.352e12, 52_428_800, 233_472, "9.0")),
+        Hardware("h200", "NVIDIA H200", "cuda", _H200_MEMORY, 4.8e12, 450e9, 50e9,
+                 _gpu(132, 1.98, _H200_MEMORY, 4.8e12, 52_428_800, 233_472, "9.0")),
+        Hardware("a100-80g", "NVIDIA A100", "cuda", _A100_MEMORY, 2.039e12, 300e9, 25e9,
+                 _gpu(108, 1.41, _A100_MEMORY, 2.039e12, 41_943_040, 167_936, "8.0")),
+        # TPU: the bandwidth of all of a chip's interconnect links together, one way; a slice has no slower part.
+        Hardware("v5p", "TPU v5p", "tpu", int(95.74 * GIB), 2.765e12, 300e9, 300e9),
+        Hardware("v5e", "TPU v5e", "tpu", int(15.75 * GIB), 0.819e12, 100e9, 100e9),
+        Hardware("v6e", "TPU v6e", "tpu", int(31.25 * GIB), 1.638e12, 224e9, 224e9),
+    )
+}  # fmt: skip
+"""Memory is what the compiler may use, a little less than the data sheet's."""
+
+_EXAMPLES = "h100:2x8, h200:1x8, a100-80g:2x8 (hosts x GPUs), tpu:v5p:2x2x4, tpu:v5e:16x16, tpu:v6e:8x8 (chips)"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Some number of devices of one kind."""
+
+    hardware: Hardware
+    shape: tuple[int, ...]
+    """(hosts, GPUs of each) or the slice's chips in each direction."""
+
+    @property
+    def num_devices(self) -> int:
+        """Devices in all."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def devices_per_host(self) -> int:
+        """Devices that reach each other over the fast links."""
+        return self.shape[-1] if self.hardware.platform == "cuda" else self.num_devices
+
+    def __str__(self) -> str:
+        prefix = "tpu:" if self.hardware.platform == "tpu" else ""
+        return f"{prefix}{self.hardware.name}:{'x'.join(map(str, self.shape))}"
+
+    def devices(self) -> Sequence[Any]:
+        """Devices of the target, to compile for; nothing can run on them.
+
+        Raises PlanError if the compiler is not installed, or does not know such a slice.
+        """
+        check_compiler(self.hardware.platform)
+        from jax.experimental import topologies
+
+        try:
+            if self.hardware.platform == "tpu":
+                topology = topologies.get_topology_desc(platform="tpu", topology_name=str(self)[4:])
+            else:
+                hosts, per_host = self.shape
+                description = f'device_description_str: "{self.hardware.kind}"'
+                topology = topologies.get_topology_desc(
+                    platform="cuda",
+                    topology_name="",
+                    target_config=self.hardware.gpu + description,
+                    topology=f"1x{hosts}x{per_host}",
+                )
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            raise PlanError(f"{self}: the compiler does not take this target: {error}") from error
+        return topology.devices
+
+
+def parse_target(text: str) -> Target:
+    """Read `h100:2x8` or `tpu:v5p:2x2x4`. Raises PlanError that lists what is known."""
+    match = re.fullmatch(r"(tpu:)?([\w-]+):(\d+(?:x\d+)*)", text)
+    hardware = HARDWARE.get(match[2]) if match else None
+    if match is None or hardware is None or bool(match[1]) != (hardware.platform == "tpu"):
+        raise PlanError(f"plan target {text!r}: not known; examples: {_EXAMPLES}")
+    shape = tuple(int(size) for size in match[3].split("x"))
+    if 0 in shape or (hardware.platform == "cuda" and len(shape) != 2):
+        raise PlanError(f"plan target {text!r}: the shape of GPUs is HOSTSxGPUS, as in h100:2x8")
+    return Target(hardware, shape)
+
+
+def check_compiler(platform: str) -> None:
+    """Raise PlanError with the line that installs the platform's compiler, if it is not there."""
+    version = importlib.metadata.version("jax")
+    if platform == "tpu" and find_spec("libtpu") is None:
+        raise PlanError(f"planning for TPU needs its compiler: pip install 'jax[tpu]=={version}'")
+    if platform == "cuda" and find_spec("jax_cuda12_plugin") is None:
+        raise PlanError(
+            "planning for GPU needs its compiler (no driver, no GPU): "
+            f"pip install --no-deps jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version}"
+        )
+
+
+def use_compilers_only() -> None:
+    """Set the environment so that jax computes on the CPU and libtpu looks for no TPU; before jax is imported."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    settings = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_ACCELERATOR_TYPE": "v5p-32",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)

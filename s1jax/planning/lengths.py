@@ -1,0 +1,48 @@
+"""Lengths of the training examples that a plan is made for, read or assumed."""
+
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+from jaxtyping import Int
+from transformers import AutoTokenizer
+
+from s1jax.config import TrainConfig
+from s1jax.data.examples import load_examples
+from s1jax.planning.hardware import PlanError
+
+_SIGMA = 0.3
+"""Spread of the logarithm of a length. With s1K's mean and longest it puts 26% below 4,096 tokens, as the s1 paper's
+table 8 does."""
+
+
+def example_lengths(config: TrainConfig) -> tuple[Int[np.ndarray, " examples"], str]:
+    """Tokens of each example, and in words where that is known from.
+
+    Read where the data is a file and the model's directory has a tokenizer, else as the `plan` section says.
+    Raises PlanError or InputError if neither is possible.
+    """
+    block_size = config.data.block_size
+    if Path(config.data.path).is_file() and Path(config.model.path).is_dir():
+        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        dataset = load_examples(config.data.path, tokenizer, block_size=block_size, overlong=config.data.overlong)
+        return np.array([example.input_ids.size for example in dataset.examples]), f"read from {config.data.path}"
+    count, mean = config.plan.num_examples, config.plan.mean_length
+    longest = min(config.plan.max_length or block_size, block_size)
+    if mean is None:
+        return np.full(count, block_size), f"assumed: {count:,} examples of data.block_size"
+    if not 2 <= mean <= longest:
+        raise PlanError(f"plan.mean_length ({mean}) must be from 2 to the longest example ({longest})")
+    text = f"assumed (plan.*): {count:,} examples of {mean:,} tokens on average, at most {longest:,}"
+    return _log_normal(count, mean, longest), text
+
+
+def _log_normal(count: int, mean: int, longest: int) -> Int[np.ndarray, " examples"]:
+    """The quantiles of a log-normal distribution cut off at `longest`, scaled to have this mean."""
+    normal = NormalDist()
+    spread = np.exp(_SIGMA * np.array([normal.inv_cdf((i + 0.5) / count) for i in range(count)]))
+    low, high = 1.0, float(longest)
+    for _ in range(60):
+        scale = (low + high) / 2
+        low, high = (scale, high) if np.minimum(scale * spread, longest).mean() < mean else (low, scale)
+    return np.clip(np.rint(low * spread), 2, longest).astype(np.int64)

@@ -1,0 +1,75 @@
+"""A plan in words and columns."""
+
+from collections.abc import Sequence
+
+from s1jax.config import PlanSection
+from s1jax.planning.hardware import GIB, Target
+from s1jax.planning.training import TrainingPlan
+
+_COLUMNS = (
+    "  rows x length  steps    GiB = params   optim   batch    temp  FLOP ratio   s/step = compute  memory + exposed"
+)
+
+
+def ranking(plans: Sequence[TrainingPlan]) -> str:
+    """A line for each plan, in the order given."""
+    lines = ["ranked (those that fit first, by time):"]
+    for p in plans:
+        verdict = "fits" if p.fits else "does not fit"
+        mesh = " x ".join(map(str, p.mesh.values()))
+        lines.append(
+            f"  mesh {mesh}, remat {p.remat}, accumulation {p.gradient_accumulation_steps}: "
+            f"{p.peak_bytes / GIB:.1f} GiB ({verdict}), {p.seconds / 60:.1f} min"
+        )
+    return "\n".join(lines)
+
+
+def describe(plan: TrainingPlan) -> str:
+    """A table of the run's shapes, what the largest exchanges, and the verdict."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    lines = [
+        f"{plan.target}, {mesh}, remat {plan.remat}, accumulation {plan.gradient_accumulation_steps}",
+        f"examples: {plan.lengths}; padding {plan.padding_share:.1%}",
+        _COLUMNS,
+    ]
+    for shape in plan.shapes:
+        memory, seconds = shape.memory, shape.estimate
+        parts = (memory.total, memory.parameters, memory.optimizer, memory.batch, memory.temporaries)
+        total, params, optimizer, batch, temporaries = (f"{part / GIB:7.2f}" for part in parts)
+        lines.append(
+            f"{shape.rows:6} x {shape.length:6} {shape.steps:6} {total} {params} {optimizer} {batch} {temporaries}"
+            f" {shape.flop_ratio:11.3f} {seconds.total:8.2f} {seconds.compute:9.2f} {seconds.memory:7.2f}"
+            f" {seconds.exposed:9.2f}"
+        )
+    largest = plan.shapes[0]
+    lines.append(f"collectives of one step, {largest.rows} x {largest.length}:")
+    lines += [
+        f"  {c.kind:<18} {c.runs:>6} times, {c.num_bytes / GIB:>8.2f} GiB, among {len(c.group)} devices"
+        for c in largest.collectives
+        if c.num_bytes > GIB / 100
+    ]
+    lines.append("kernels: " + (", ".join(f"{name} x {n}" for name, n in largest.kernels.items()) or "none"))
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    lines.append(f"memory: {plan.peak_bytes / GIB:.1f} of {plan.usable_bytes / GIB:.1f} GiB: {verdict}")
+    lines.append(f"FLOPs of the program over the model's, averaged over the steps: {plan.flop_ratio:.3f}")
+    lines.append(f"{plan.steps} steps: {plan.seconds / 60:.1f} min")
+    return "\n".join(lines)
+
+
+def assumptions(section: PlanSection, target: Target, plan: TrainingPlan) -> str:
+    """What the run costs, and all that the figures rest on."""
+    hours = plan.seconds / 3600 * target.num_devices
+    price = section.price_per_device_hour
+    cost = "" if price is None else f", {hours * price:.2f} at {price:g} a device-hour"
+    hardware = target.hardware
+    return "\n".join(
+        [
+            f"{hours:.2f} device-hours{cost}",
+            f"assumed: matrix products and attention kernels at {section.efficiency:.0%} of "
+            f"{hardware.peak_flops / 1e12:.0f} TFLOP/s; memory at {hardware.memory_bandwidth / 1e12:.2f} TB/s; "
+            f"links at {hardware.link_bandwidth / 1e9:.0f} GB/s in a host or slice and "
+            f"{hardware.network_bandwidth / 1e9:.0f} GB/s a device between hosts; collectives of the tensor axis "
+            "exposed, the others hidden behind arithmetic as far as it lasts.",
+            f"not counted: start, compilation ({len(plan.shapes)} programs), checkpoints",
+        ]
+    )

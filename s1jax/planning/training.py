@@ -1,0 +1,225 @@
+"""Memory, time and arithmetic of a training run, from its compiled steps."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from jax.errors import JaxRuntimeError
+from jax.sharding import Mesh
+
+from s1jax.config import TrainConfig
+from s1jax.data.examples import Example
+from s1jax.data.packing import Batch
+from s1jax.mesh import make_mesh
+from s1jax.model.architectures import known_architecture
+from s1jax.model.config import QwenConfig
+from s1jax.model.flops import attention_flops, matmul_parameters
+from s1jax.model.qwen import Qwen
+from s1jax.planning.estimate import Estimate, Memory, estimate, temporaries, usable_bytes
+from s1jax.planning.hardware import PlanError, Target
+from s1jax.planning.hlo import Collective, Program
+from s1jax.training.loop import step_loader, training_model
+from s1jax.training.step import abstract_state, batch_sharding, compile_step
+
+_KERNELS = ("triton", "cudnn", "tpu_custom_call")
+"""Parts of the names that attention kernels are called by."""
+_BACKWARD_UNITS = 2.5
+"""Matrix products of a flash kernel's backward pass, in those of its forward pass."""
+
+
+@dataclass(frozen=True)
+class ShapePlan:
+    """The step program for one shape of rows; counts and bytes are those of one device."""
+
+    rows: int
+    """Of the whole step, over all microbatches."""
+    length: int
+    steps: int
+    """Of the run's steps, how many have this shape."""
+    memory: Memory
+    dot_flops: float
+    model_flops: float
+    """Of the same positions by the convention of `model.flops`, attention and recomputation left out."""
+    collectives: list[Collective]
+    kernels: dict[str, int]
+    score_arrays: int
+    """Arrays of length x length in the program; none where attention is a kernel."""
+    estimate: Estimate
+    compile_seconds: float
+
+    @property
+    def flop_ratio(self) -> float:
+        """What recomputation costs: matrix products done over those that the model has."""
+        return self.dot_flops / self.model_flops
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """A whole run on a target."""
+
+    target: str
+    mesh: dict[str, int]
+    remat: str
+    gradient_accumulation_steps: int
+    lengths: str
+    steps: int
+    padding_share: float
+    usable_bytes: int
+    parameters: dict[str, str]
+    """Of every parameter, how the compiled program has it spread: its shape, and that of one device's part."""
+    shapes: list[ShapePlan]
+    seconds: float
+    """Of all steps, without start, compilation and checkpoints."""
+    flop_ratio: float
+    """Averaged over the run's steps."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory of the shape that needs most."""
+        return max(shape.memory.total for shape in self.shapes)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every shape has room."""
+        return self.peak_bytes <= self.usable_bytes
+
+
+def resolve_architecture(path: str) -> QwenConfig:
+    """The architecture of a model directory or hub id; of a hub id at most config.json is read.
+
+    Raises PlanError if there is neither, UnsupportedConfigError if it is not supported.
+    """
+    if Path(path).is_dir():
+        return QwenConfig.from_directory(Path(path))
+    known = known_architecture(path)
+    if known is not None:
+        return known
+    try:
+        return QwenConfig.from_directory(Path(hf_hub_download(path, "config.json")).parent)
+    except (OSError, HFValidationError) as error:
+        raise PlanError(f"model.path {path}: no such directory, and its config.json cannot be had: {error}") from None
+
+
+def plan_run(
+    config: TrainConfig,
+    target: Target,
+    devices: Sequence[jax.Device],
+    architecture: QwenConfig,
+    lengths: np.ndarray,
+    source: str,
+) -> TrainingPlan:
+    """Compile every shape of the run and add it up. Raises MeshError, ValueError or PlanError."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    loader = step_loader(config, _examples(lengths), mesh, (0, 1), 0)
+    planner = _Planner(config, target, mesh, training_model(config, architecture), len(loader))
+    largest_first = sorted(loader.shapes.items(), key=lambda item: -item[0][0] * item[0][1])
+    shapes = [planner.plan_shape(rows, length, steps) for (rows, length), steps in largest_first]
+    return TrainingPlan(
+        target=str(target),
+        mesh=dict(mesh.shape),
+        remat=config.model.remat,
+        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+        lengths=source,
+        steps=planner.total_steps,
+        padding_share=loader.padding_share,
+        usable_bytes=usable_bytes(target.hardware),
+        parameters=planner.parameters,
+        shapes=shapes,
+        # A run cut short by max_steps has its shapes in the same proportions.
+        seconds=planner.total_steps / len(loader) * sum(shape.steps * shape.estimate.total for shape in shapes),
+        flop_ratio=sum(s.steps * s.dot_flops for s in shapes) / sum(s.steps * s.model_flops for s in shapes),
+    )
+
+
+def _examples(lengths: np.ndarray) -> list[Example]:
+    ids, mask = np.zeros(lengths.max(), np.int32), np.ones(lengths.max(), bool)
+    return [Example(ids[:length], mask[:length]) for length in lengths]
+
+
+class _Planner:
+    """Compiles the steps of one run."""
+
+    def __init__(self, config: TrainConfig, target: Target, mesh: Mesh, model: Qwen, steps: int):
+        self._config, self._target, self._mesh, self._model = config, target, mesh, model
+        self.total_steps = min(steps, config.training.max_steps or steps)
+        # Devices to compile for hold no array, not even optax's placeholders: all this is made without the mesh in use.
+        self._state = abstract_state(model, config.optimizer, mesh)
+        self._step: Any = compile_step(model, config.optimizer, self.total_steps, mesh)
+        self.parameters: dict[str, str] = {}
+        """As `TrainingPlan.parameters`, of the last program compiled."""
+
+    def plan_shape(self, rows: int, length: int, steps: int) -> ShapePlan:
+        """Compile the step for rows of this shape. Raises PlanError if the compiler finds no room for it."""
+        started = time.perf_counter()
+        batch = self._batch(rows, length)
+        try:
+            with jax.set_mesh(self._mesh):
+                compiled = self._step.lower(self._state, batch).compile()
+        except JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            reason = next((line for line in str(error).splitlines() if "Used" in line), str(error).splitlines()[0])
+            raise PlanError(f"{rows} rows x {length} do not fit {self._target}: {reason.strip()}") from None
+        seconds = time.perf_counter() - started
+        self.parameters = self._parameters(compiled)
+        program, config = Program(compiled.as_text()), self._model.config
+        kernel_flops = self._kernel_flops(program, rows, length)
+        efficiency = self._config.plan.efficiency
+        return ShapePlan(
+            rows=rows,
+            length=length,
+            steps=steps,
+            memory=Memory(
+                parameters=device_bytes(self._state.params),
+                optimizer=device_bytes(self._state.optimizer),
+                batch=device_bytes(batch),
+                temporaries=temporaries(compiled, self._target.hardware.platform),
+            ),
+            dot_flops=program.dot_flops,
+            model_flops=6.0 * matmul_parameters(config) * rows * length / self._mesh.size,
+            collectives=program.collectives,
+            kernels=program.kernels,
+            score_arrays=sum(shape.dimensions.count(length) >= 2 for shape in program.shapes()),
+            estimate=estimate(program, self._target, self._mesh, efficiency=efficiency, kernel_flops=kernel_flops),
+            compile_seconds=seconds,
+        )
+
+    def _batch(self, rows: int, length: int) -> Batch:
+        microbatches = self._config.training.gradient_accumulation_steps
+        shape = (microbatches, rows // microbatches, length)
+        dtypes = (jnp.int32, jnp.int32, jnp.int32, jnp.int32, jnp.float32)
+        sharding = batch_sharding(self._mesh)
+        return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in dtypes))
+
+    def _kernel_flops(self, program: Program, rows: int, length: int) -> float:
+        """Of one device; 0 where attention is not a kernel, and its products are among the others."""
+        if not any(part in kernel for kernel in program.kernels for part in _KERNELS):
+            return 0.0
+        forward_passes = 1 if self._model.remat == "none" else 2
+        # The model's attention is a forward pass and a backward pass of two; kernels see all keys of a row, other
+        # examples' too.
+        share = (forward_passes + _BACKWARD_UNITS) / 3
+        return share * attention_flops(self._model.config, rows * length**2) / self._mesh.size
+
+    def _parameters(self, compiled: Any) -> dict[str, str]:
+        (shardings, _), _ = compiled.input_shardings
+        leaves = jax.tree_util.tree_leaves_with_path(self._state.params)
+        return {
+            jax.tree_util.keystr(
+                path, simple=True, separator="."
+            ): f"{leaf.shape} as {sharding.shard_shape(leaf.shape)}"
+            for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings.params), strict=True)
+        }
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of abstract arrays with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)

@@ -1,0 +1,125 @@
+"""The 32B recipe at full size, compiled for hardware that is not here; and what cannot be planned."""
+
+import ast
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from s1jax.model.architectures import known_architecture
+from s1jax.planning.hardware import GIB
+from tests.planning.conftest import plan, run
+
+H100 = "configs/sft/s1-32b-h100-8x2.yaml"
+WHOLE_MODEL = 4 * 32_763_876_352
+"""Bytes of all parameters in float32."""
+
+
+def check_parameters(content: dict[str, Any], fsdp: int, tensor: int) -> None:
+    """Every matrix is spread over all devices, every other parameter at most over the tensor axis."""
+    parameters = {
+        name: tuple(map(ast.literal_eval, text.split(" as "))) for name, text in content["parameters"].items()
+    }
+    assert sum(math.prod(shape) for shape, _ in parameters.values()) * 4 == WHOLE_MODEL
+    for name, (shape, part) in parameters.items():
+        spread = math.prod(shape) // math.prod(part)
+        is_matrix = name in ("embedding", "head") or (not name.endswith("scale") and not name.endswith("bias"))
+        expected = {fsdp * tensor} if is_matrix else {1, tensor}
+        assert spread in expected, f"{name}: {shape} as {part}"
+
+
+@pytest.mark.slow
+def test_the_32b_step_fits_16_h100s_with_full_rows(tmp_path: Path) -> None:
+    words = ("train.py", H100, "--plan", "h100:2x8", "model.remat=full", "training.gradient_accumulation_steps=2")
+    content = plan(tmp_path / "plan.json", *words, "plan.mean_length=null", "plan.price_per_device_hour=2.5")
+    (shape,) = content["shapes"]
+    assert (shape["rows"], shape["length"], shape["steps"], content["steps"]) == (16, 32_768, 315, 315)
+    assert content["fits"]
+    assert content["peak_bytes"] <= 64 * GIB
+    assert content["flop_ratio"] <= 1.36
+    # State: parameters, and two moments, each in float32 on 16 devices.
+    assert shape["memory"]["parameters"] == pytest.approx(WHOLE_MODEL / 16, rel=0.01)
+    assert shape["memory"]["optimizer"] == pytest.approx(WHOLE_MODEL / 8, rel=0.01)
+    check_parameters(content, fsdp=8, tensor=2)
+    # Flash attention with segment ids, forward, again for the backward pass, and two kernels there.
+    (kernel,) = shape["kernels"]
+    assert "triton" in kernel
+    assert shape["kernels"][kernel] == 4 * 64 * 2
+    assert shape["score_arrays"] == 0
+    shards = [0, 2, 4, 6, 8, 10, 12, 14]
+    fsdp = {c["kind"]: c for c in map(as_dict, shape["collectives"]) if c["group"] == shards}
+    # Layers are gathered and their gradients scattered one by one, twice over for the two microbatches.
+    for kind, least in (("all-gather", 3 * 64), ("reduce-scatter", 64)):
+        assert fsdp[kind]["runs"] >= 2 * least
+        assert fsdp[kind]["num_bytes"] / fsdp[kind]["runs"] < WHOLE_MODEL / 64
+    assert "fits" in content["text"]
+    assert "device-hours" in content["text"]
+
+
+def as_dict(collective: list[Any]) -> dict[str, Any]:
+    return dict(zip(("kind", "group", "runs", "num_bytes"), collective, strict=True))
+
+
+@pytest.mark.slow
+def test_s1ks_lengths_packed_recompute_less(tmp_path: Path) -> None:
+    """The preset as it is, but for one shape of rows instead of six, to compile only one."""
+    content = plan(
+        tmp_path / "plan.json",
+        *("train.py", H100, "--plan", "h100:2x8", "plan.num_examples=16", "training.num_epochs=1"),
+    )
+    (shape,) = content["shapes"]
+    assert 10_000 <= shape["length"] <= 14_336
+    assert content["peak_bytes"] <= 72 * GIB
+    assert content["flop_ratio"] <= 1.15
+    assert shape["score_arrays"] == 0
+
+
+@pytest.mark.slow
+def test_the_32b_step_fits_a_v5p_32(tmp_path: Path) -> None:
+    words = ("train.py", "configs/sft/s1-32b-tpu-v5p-32.yaml", "--plan", "tpu:v5p:2x2x4", "model.remat=full")
+    content = plan(tmp_path / "plan.json", *words, "plan.mean_length=null")
+    (shape,) = content["shapes"]
+    assert shape["length"] == 32_768
+    assert content["fits"]
+    assert shape["kernels"]["tpu_custom_call"] >= 3
+    assert shape["score_arrays"] == 0
+    check_parameters(content, fsdp=8, tensor=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("b200:1x8",), "error: plan target 'b200:1x8': not known; examples: h100:2x8, "),
+        (("v5p:2x2x4",), "error: plan target 'v5p:2x2x4': not known; examples: "),
+        (("h100:16",), "error: plan target 'h100:16': the shape of GPUs is HOSTSxGPUS, as in h100:2x8"),
+        (("h100:2x4",), "error: mesh 1x8x2 (data x fsdp x tensor) does not match the 8 devices: "),
+        (("h100:3x8", "mesh.tensor=3"), "error: 'kv_heads' has size 8, which tensor = 3 does not divide"),
+        (("h100:2x8", "data.packing=false", "training.batch_size=12"), "batch_size=12 must be a multiple of the 8"),
+        (("h100:2x8", "plan.mean_length=40000"), "error: plan.mean_length (40000) must be from 2 to the longest"),
+        (("tpu:v5p:7x9x9",), "error: tpu:v5p:7x9x9: the compiler does not take this target: "),
+        (("h100:2x8", "model.path=no/such-model"), "error: model.path no/such-model: no such directory, "),
+    ],
+)
+def test_what_cannot_be_planned_is_said_in_a_line(words: tuple[str, ...], message: str) -> None:
+    process = run("train.py", H100, "--plan", *words)
+    assert process.returncode == 1
+    (line,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("target", "install"), [("h100:2x8", "jax-cuda12-plugin==0."), ("tpu:v5p:2x2x4", "'jax[tpu]==0.")]
+)
+def test_a_compiler_that_is_missing_is_named(target: str, install: str) -> None:
+    process = run("train.py", H100, "--plan", target, compilers=False)
+    assert process.returncode == 1
+    assert f"pip install {'--no-deps ' if 'cuda' in install else ''}{install}" in process.stderr
+
+
+def test_known_architectures_have_their_sizes() -> None:
+    config = known_architecture("simplescaling/s1-32B")
+    assert config is not None
+    assert (config.num_hidden_layers, config.hidden_size, config.num_key_value_heads) == (64, 5120, 8)
+    assert known_architecture("Qwen/Qwen2.5-0.5B").tie_word_embeddings  # type: ignore[union-attr]
+    assert known_architecture("someone/else") is None
