@@ -55,7 +55,10 @@ def benchmark(config: BenchmarkConfig) -> None:
     model = build_model(config.model, QwenConfig.from_directory(directory), param_dtype=config.model.dtype)
     has_weights = any(directory.glob("*.safetensors"))
     with jax.set_mesh(mesh):
-        params = load_params(directory, model, mesh) if has_weights else model.init(jax.random.key(0), mesh)
+        if has_weights:
+            params = load_params(directory, model, mesh, stacked=False)
+        else:
+            params = jax.jit(model.unstack)(model.init(jax.random.key(0), mesh))
         loaded = LoadedModel(model, params, mesh, directory)
         copy = _copy_bytes_per_second()
         results = [_measure(loaded, config, size, copy) for size in config.benchmark.batch_sizes]
@@ -115,7 +118,7 @@ def _measure(loaded: LoadedModel, config: BenchmarkConfig, batch_size: int, copy
     if not model.config.tie_word_embeddings:
         weights -= loaded.params["embedding"].nbytes  # Only one row of it is read for each token.
     filled = (section.prompt_length + total) / 2 / slots
-    bytes_per_step = int(weights + filled * sum(x.nbytes for x in cache))
+    bytes_per_step = int(weights + filled * sum(x.nbytes for x in jax.tree.leaves(cache)))
     return Measurement(
         batch_size=batch,
         prefill_tokens_per_second=batch * section.prompt_length / statistics.median(prefills),

@@ -244,7 +244,7 @@ class Generator:
 
     def _with_slots(self, cache: KVCache | None, slots: int) -> KVCache:
         """The cache with at least so many slots: a new one, or grown, or as it is."""
-        if cache is not None and cache.keys.shape[2] >= slots:
+        if cache is not None and cache[0].keys.shape[2] >= slots:
             return cache
         self._slots = slots
         return empty_cache(self._loaded.model, self._batch, slots) if cache is None else grow(cache, slots)

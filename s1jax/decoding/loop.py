@@ -14,9 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 from s1jax.decoding.budget import Phase, RowParams, RowState, Tables, step
 from s1jax.decoding.sampling import Sampling, sample, step_keys, token_logprobs
 from s1jax.mesh import constrain
-from s1jax.model.qwen import KVCache, Params, Qwen
-
-CACHE_AXES = ("layers", "batch", "slots", "kv_heads", "head_dim")
+from s1jax.model.attention import CachedHeads
+from s1jax.model.qwen import CACHE_AXES, KVCache, Params, Qwen
 
 
 class Rows(NamedTuple):
@@ -73,7 +72,7 @@ def insert(cache: KVCache, prompt: KVCache, row: Int[Array, ""]) -> KVCache:
     """Put one prefilled prompt into a row of the batch's cache, which is reused."""
 
     def put(whole: Array, part: Array) -> Array:
-        return constrain(jax.lax.dynamic_update_slice_in_dim(whole, _fit(part, whole.shape[2]), row, 1), *CACHE_AXES)
+        return constrain(jax.lax.dynamic_update_slice_in_dim(whole, _fit(part, whole.shape[2]), row, 0), *CACHE_AXES)
 
     return jax.tree.map(put, cache, prompt)
 
@@ -84,10 +83,10 @@ def grow(cache: KVCache, slots: int) -> KVCache:
     return jax.tree.map(lambda x: constrain(_fit(x, slots), *CACHE_AXES), cache)
 
 
-def _fit(x: Float[Array, "layers batch slots kv_heads head_dim"], slots: int) -> Array:
+def _fit(x: CachedHeads, slots: int) -> Array:
     """Cut off or append empty slots; what is cut off is padding."""
     x = x[:, :, :slots]
-    return jnp.pad(x, [(0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0), (0, 0)])
+    return jnp.pad(x, [(0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(6,))

@@ -16,7 +16,8 @@ from s1jax.mesh import LOGICAL_AXES
 
 Implementation = Literal["auto", "plain", "chunked", "cudnn", "triton", "splash"]
 Heads = Float[Array, "batch length heads head_dim"]
-KeyValueHeads = Float[Array, "batch key_length kv_heads head_dim"]
+KeyValueHeads = Float[Array, "batch length kv_heads head_dim"]
+CachedHeads = Float[Array, "batch kv_heads slots head_dim"]
 
 _SCORES_PER_CHUNK = 2**26
 """Attention scores that the chunked implementation holds at once: 256 MiB in float32."""
@@ -29,44 +30,54 @@ def attention(
     key: KeyValueHeads,
     value: KeyValueHeads,
     *,
-    query_index: Int[Array, "batch length"] | None = None,
     segment_ids: Int[Array, "batch length"] | None = None,
     implementation: Implementation = "auto",
 ) -> Heads:
-    """Softmax attention over the keys at or before each query, scaled by 1/sqrt(head_dim); softmax in float32.
+    """Softmax attention of each token over itself and those before it, scaled by 1/sqrt(head_dim); softmax in float32.
 
-    Without `query_index`, queries and keys are the same tokens, and `segment_ids` (0 = padding) confines each query
-    to the keys of its own segment. With it, the keys are a cache and query i sees the slots 0..query_index[i].
+    `segment_ids` (0 = padding) confine each query to the keys of its own segment.
 
     `implementation`: "plain" holds all scores at once; "chunked" a bounded number, on any platform; "cudnn" (no
     segment ids, half precision) and "triton" are for GPU, "splash" for TPU; "auto" takes the best that applies.
     Raises ValueError where an implementation named outright does not apply.
     """
-    if query_index is not None and segment_ids is not None:
-        raise ValueError("attention: segment_ids are for tokens attending to themselves, not to a cache")
-    key, value = _repeat_for_tensor_axis(key), _repeat_for_tensor_axis(value)
-    name = _choose(query, key, query_index, segment_ids) if implementation == "auto" else implementation
+    key, value = _repeat_for_tensor_axis(key, 2), _repeat_for_tensor_axis(value, 2)
+    name = _choose(query, segment_ids) if implementation == "auto" else implementation
     if name in _FLASH:
-        if query_index is not None:
-            raise ValueError(f"attention: {name} is for tokens attending to themselves, not to a cache")
         return _sharded(_FLASH[name], query, key, value, segment_ids)
-    if query_index is None:
-        query_index = jnp.broadcast_to(jnp.arange(query.shape[1]), query.shape[:2])
-    chunk = _chunk_length(query, key) if name == "chunked" else query.shape[1]
-    return _in_chunks(query, key, value, query_index, segment_ids, chunk)
+    chunk = _chunk_length(query) if name == "chunked" else query.shape[1]
+    return _in_chunks(query, key, value, segment_ids, chunk)
 
 
-def _choose(
-    query: Heads, key: KeyValueHeads, query_index: Array | None, segment_ids: Array | None
-) -> Literal["plain", "chunked", "cudnn", "triton", "splash"]:
-    length, key_length = query.shape[1], key.shape[1]
-    if query_index is None and length % 128 == 0:
+def cached_attention(
+    query: Float[Array, "batch heads head_dim"],
+    keys: CachedHeads,
+    values: CachedHeads,
+    last: Int[Array, " batch"],
+) -> Float[Array, "batch heads head_dim"]:
+    """Attention of one token in each row over the slots 0..last of its cache; softmax in float32."""
+    keys, values = _repeat_for_tensor_axis(keys, 1), _repeat_for_tensor_axis(values, 1)
+    head_dim = query.shape[-1]
+    grouped = query.reshape(query.shape[0], keys.shape[1], -1, head_dim)
+    scores = jnp.einsum("bkgd,bksd->bkgs", grouped, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+    seen = jnp.arange(keys.shape[2]) <= last[:, None, None, None]
+    scores = jnp.where(seen, scores, -jnp.inf)
+    # Divided by their sum only after the product: one pass less over the scores, which are as long as the cache.
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    context = jnp.einsum("bkgs,bksd->bkgd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return (context / total).astype(query.dtype).reshape(query.shape)
+
+
+def _choose(query: Heads, segment_ids: Array | None) -> Literal["plain", "chunked", "cudnn", "triton", "splash"]:
+    length = query.shape[1]
+    if length % 128 == 0:
         platform = _platform()
         if platform == "tpu":
             return "splash"
         if platform in ("gpu", "cuda") and query.dtype != jnp.float32:
             return "cudnn" if segment_ids is None else "triton"
-    return "plain" if key_length <= _SHORT or length == 1 else "chunked"
+    return "plain" if length <= _SHORT else "chunked"
 
 
 def _platform() -> str:
@@ -75,15 +86,15 @@ def _platform() -> str:
     return device.platform if device is not None and device.platform else jax.default_backend()
 
 
-def _repeat_for_tensor_axis(x: KeyValueHeads) -> Float[Array, "batch key_length repeated_heads head_dim"]:
+def _repeat_for_tensor_axis(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     """Repeat key/value heads until each tensor shard has one, where there are fewer of them than shards."""
     shards = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
-    return jnp.repeat(x, shards // x.shape[2], axis=2) if shards > x.shape[2] else x
+    return jnp.repeat(x, shards // x.shape[axis], axis=axis) if shards > x.shape[axis] else x
 
 
-def _chunk_length(query: Heads, key: KeyValueHeads) -> int:
+def _chunk_length(query: Heads) -> int:
     batch, length, heads, _ = query.shape
-    chunk = max(16, _SCORES_PER_CHUNK // (batch * heads * key.shape[1]))
+    chunk = max(16, _SCORES_PER_CHUNK // (batch * heads * length))
     return min(length, 1 << (chunk.bit_length() - 1))
 
 
@@ -91,37 +102,39 @@ def _in_chunks(
     query: Heads,
     key: KeyValueHeads,
     value: KeyValueHeads,
-    query_index: Int[Array, "batch length"],
     segment_ids: Int[Array, "batch length"] | None,
     chunk: int,
 ) -> Heads:
     """Attend `chunk` queries at a time; the backward pass computes each chunk's scores again."""
-    key_index = jnp.arange(key.shape[1])
+    index = jnp.broadcast_to(jnp.arange(query.shape[1]), query.shape[:2])
 
-    def attend(chunk_of: tuple[Array, Array, Array | None]) -> Heads:
+    def attend(chunk_of: tuple[Array, Array, Array | None]) -> Array:
         chunk_query, chunk_index, chunk_segments = chunk_of
-        mask = key_index <= chunk_index[..., None]
+        mask = index[:, None] <= chunk_index[..., None]
         if chunk_segments is not None:
             mask &= chunk_segments[..., None] == segment_ids[:, None, :]  # type: ignore[index]
         return _softmax_attention(chunk_query, key, value, mask)
 
     batch, length = query.shape[:2]
     if chunk >= length:
-        return attend((query, query_index, segment_ids))
+        return attend((query, index, segment_ids))
     padding = -length % chunk
 
     def split(x: Array) -> Array:
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
 
-    chunks = (split(query), split(query_index), None if segment_ids is None else split(segment_ids))
+    chunks = (split(query), split(index), None if segment_ids is None else split(segment_ids))
     out = jax.lax.map(jax.checkpoint(attend), chunks)
     return jnp.moveaxis(out, 0, 1).reshape(batch, length + padding, *query.shape[2:])[:, :length]
 
 
 def _softmax_attention(
-    query: Heads, key: KeyValueHeads, value: KeyValueHeads, mask: Bool[Array, "batch length key_length"]
-) -> Heads:
+    query: Float[Array, "batch queries heads head_dim"],
+    key: KeyValueHeads,
+    value: KeyValueHeads,
+    mask: Bool[Array, "batch queries length"],
+) -> Float[Array, "batch queries heads head_dim"]:
     batch, length, heads, head_dim = query.shape
     grouped = query.reshape(batch, length, key.shape[2], -1, head_dim)
     scores = jnp.einsum("blkgd,bskd->bkgls", grouped, key, preferred_element_type=jnp.float32)

@@ -68,15 +68,15 @@ def resolve_model(path: str) -> Path:
     raise FileNotFoundError(f"{path}: no such directory (a hub id is written owner/name)")
 
 
-def load_params(directory: Path, model: Qwen, mesh: Mesh) -> Params:
-    """Read a checkpoint into arrays sharded over the mesh, cast to `model.param_dtype`.
+def load_params(directory: Path, model: Qwen, mesh: Mesh, *, stacked: bool = True) -> Params:
+    """Read a checkpoint into arrays sharded over the mesh, cast to `model.param_dtype`; layers stacked or unrolled.
 
     Raises CheckpointError with all that is wrong with the directory, MeshError if the model does not fit the mesh.
     """
     files = _check(directory, model)
-    abstract = model.abstract_params(mesh)
+    abstract = model.abstract_params(mesh, stacked=stacked)
     params: Params = {}
-    for layout in tensor_layouts(model.config):
+    for layout in tensor_layouts(model.config, stacked=stacked):
         leaf = _get(abstract, layout.path)
         _set(params, layout.path, _read(layout, leaf, files))
     return params
@@ -302,13 +302,13 @@ def _sync(directory: Path) -> None:
             os.close(descriptor)
 
 
-def _get(tree: Params, path: tuple[str, ...]) -> Any:
+def _get(tree: dict[Any, Any], path: tuple[str | int, ...]) -> Any:
     for name in path:
         tree = tree[name]
     return tree
 
 
-def _set(tree: Params, path: tuple[str, ...], value: Any) -> None:
+def _set(tree: dict[Any, Any], path: tuple[str | int, ...], value: Any) -> None:
     for name in path[:-1]:
         tree = tree.setdefault(name, {})
     tree[path[-1]] = value

@@ -4,7 +4,7 @@ A Hugging Face tensor, its merged dimensions split, is one of our arrays with th
 projection that they store as (heads * head_dim, hidden) is (hidden, heads, head_dim) here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,7 +20,7 @@ class TensorLayout:
     `groups` are our dimensions in the order in which the tensor stores them, those that it merges in one group.
     """
 
-    path: tuple[str, ...]
+    path: tuple[str | int, ...]
     name: str
     groups: tuple[tuple[int, ...], ...]
 
@@ -65,8 +65,8 @@ _VECTOR = ((0,),)
 _MATRIX = ((0,), (1,))
 
 
-def tensor_layouts(config: QwenConfig) -> list[TensorLayout]:
-    """Every parameter of the architecture, in the order in which checkpoints store them."""
+def tensor_layouts(config: QwenConfig, *, stacked: bool = True) -> list[TensorLayout]:
+    """Every parameter of the architecture, in the order in which checkpoints store them; unstacked, every tensor."""
 
     def layer(path: str, name: str, groups: tuple[tuple[int, ...], ...]) -> TensorLayout:
         return TensorLayout(("layers", *path.split(".")), f"model.layers.{{}}.{name}", groups)
@@ -96,4 +96,12 @@ def tensor_layouts(config: QwenConfig) -> list[TensorLayout]:
         ]
     if not config.tie_word_embeddings:
         layouts.append(TensorLayout(("head",), "lm_head.weight", _MATRIX))
-    return layouts
+    if stacked:
+        return layouts
+    return [
+        replace(layout, path=("layers", i, *layout.path[1:]), name=layout.name.format(i))
+        if layout.per_layer
+        else layout
+        for layout in layouts
+        for i in range(config.num_hidden_layers if layout.per_layer else 1)
+    ]

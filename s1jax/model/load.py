@@ -17,7 +17,7 @@ from s1jax.model.qwen import Params, Qwen, Remat
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its parameters in place, and the directory that they and the tokenizer came from."""
+    """A model with its parameters in place, unrolled, and the directory that they and the tokenizer came from."""
 
     model: Qwen
     params: Params
@@ -49,4 +49,4 @@ def load_model(section: ModelSection, mesh: MeshSection) -> LoadedModel:
     directory = resolve_model(section.path)
     devices = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
     model = build_model(section, QwenConfig.from_directory(directory), param_dtype=section.dtype)
-    return LoadedModel(model, load_params(directory, model, devices), devices, directory)
+    return LoadedModel(model, load_params(directory, model, devices, stacked=False), devices, directory)

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from s1jax.mesh import Axes, constrain, named_sharding
-from s1jax.model.attention import Implementation, attention
+from s1jax.model.attention import CachedHeads, Implementation, KeyValueHeads, attention, cached_attention
 from s1jax.model.config import QwenConfig
 from s1jax.model.rope import rope_frequencies, rope_rotations, rotate
 
@@ -34,11 +34,19 @@ _REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
 }
 
 
-class KVCache(NamedTuple):
-    """Keys and values of all layers; slot s of a row holds its token at position s."""
+class LayerCache(NamedTuple):
+    """One layer's keys and values; slot s of a row holds its token at position s.
 
-    keys: Float[Array, "layers batch slots kv_heads head_dim"]
-    values: Float[Array, "layers batch slots kv_heads head_dim"]
+    Heads come before slots, as the products over them want it: with slots first, GPUs copy the cache for each product.
+    """
+
+    keys: CachedHeads
+    values: CachedHeads
+
+
+KVCache = tuple[LayerCache, ...]
+"""The caches of all layers, one array each: reading a slice of a stack costs a copy on every platform."""
+CACHE_AXES = ("batch", "kv_heads", "slots", "head_dim")
 
 
 class _Weights(NamedTuple):
@@ -94,8 +102,10 @@ class Attention(nnx.Module):
         self.config = config
         self.implementation: Implementation = implementation
 
-    def __call__(self, x: Hidden, inputs: "_Inputs", layer: int | Array) -> tuple[Hidden, KVCache | None]:
-        """Attend; `layer` says which layer of the cache to write and read."""
+    def __call__(
+        self, x: Hidden, inputs: "_Inputs", cache: LayerCache | None = None
+    ) -> tuple[Hidden, LayerCache | None]:
+        """Attend; with a cache, one token for each row over what it holds, or several that begin an empty one."""
         # Gathered along the sequence once for all three projections, whose heads are then where attention wants them.
         x = constrain(x, "batch", "length", None)
         query = jnp.einsum("ble,ehd->blhd", x, self.query[...].astype(x.dtype))
@@ -105,32 +115,32 @@ class Attention(nnx.Module):
             query += self.query_bias[...].astype(x.dtype)
             key += self.key_bias[...].astype(x.dtype)
             value += self.value_bias[...].astype(x.dtype)
-        query, key, value = (
-            checkpoint_name(query, "query"),
-            checkpoint_name(key, "key"),
-            checkpoint_name(value, "value"),
-        )
         if self.config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         query = constrain(rotate(query, inputs.rotations), "batch", "length", "heads", "head_dim")
         key = rotate(key, inputs.rotations)
-        cache = inputs.cache
-        if cache is None:
-            context = attention(query, key, value, segment_ids=inputs.segment_ids, implementation=self.implementation)
+        if cache is not None:
+            cache = _write(cache, key, value, inputs.positions)
+        if cache is not None and x.shape[1] == 1:
+            context = cached_attention(query[:, 0], *cache, inputs.positions[:, 0])[:, None]
         else:
-            rows = jnp.arange(x.shape[0])[:, None]
-            cache = KVCache(
-                cache.keys.at[layer, rows, inputs.positions].set(key),
-                cache.values.at[layer, rows, inputs.positions].set(value),
-            )
-            context = attention(
-                query,
-                cache.keys[layer],
-                cache.values[layer],
-                query_index=inputs.positions,
-                implementation=self.implementation,
-            )
+            context = attention(query, key, value, segment_ids=inputs.segment_ids, implementation=self.implementation)
         return jnp.einsum("blhd,hde->ble", context, self.output[...].astype(x.dtype)), cache
+
+
+def _write(
+    cache: LayerCache, key: KeyValueHeads, value: KeyValueHeads, positions: Int[Array, "batch length"]
+) -> LayerCache:
+    """The cache with one token in each row's slot, or with several from slot 0 on."""
+
+    def put(slots: CachedHeads, new: KeyValueHeads) -> CachedHeads:
+        if new.shape[1] == 1:
+            slots = slots.at[jnp.arange(new.shape[0]), :, positions[:, 0]].set(new[:, 0])
+        else:
+            slots = jax.lax.dynamic_update_slice_in_dim(slots, new.swapaxes(1, 2), 0, 2)
+        return constrain(slots, *CACHE_AXES)
+
+    return LayerCache(put(cache.keys, key), put(cache.values, value))
 
 
 class MLP(nnx.Module):
@@ -155,7 +165,6 @@ class _Inputs(NamedTuple):
     rotations: tuple[Array, Array]
     positions: Int[Array, "batch length"]
     segment_ids: Int[Array, "batch length"] | None
-    cache: KVCache | None
 
 
 class DecoderLayer(nnx.Module):
@@ -167,11 +176,11 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, weights)
         self.mlp = MLP(config, weights)
 
-    def __call__(self, x: Hidden, inputs: _Inputs, layer: int | Array) -> tuple[Hidden, KVCache | None]:
-        """One layer's residual update, and the cache with this layer's keys and values written."""
+    def __call__(self, x: Hidden, inputs: _Inputs, cache: LayerCache | None = None) -> tuple[Hidden, LayerCache | None]:
+        """One layer's residual update, and its cache with these tokens written."""
         x = constrain(x, "batch", "residual_length", None)
         with jax.named_scope("attention"):
-            update, cache = self.attention(self.attention_norm(x), inputs, layer)
+            update, cache = self.attention(self.attention_norm(x), inputs, cache)
             x = constrain(x + update, "batch", "residual_length", None)
         with jax.named_scope("mlp"):
             return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "residual_length", None), cache
@@ -216,25 +225,26 @@ class Qwen:
         return nnx.eval_shape(lambda: self._declare(nnx.Rngs(0)))
 
     @cached_property
-    def _unrolled_graphdef(self) -> nnx.GraphDef:
-        return nnx.split(nnx.eval_shape(lambda: self._declare(nnx.Rngs(0), stacked=False)))[0]
+    def _abstract_unrolled(self) -> Decoder:
+        return nnx.eval_shape(lambda: self._declare(nnx.Rngs(0), stacked=False))
 
-    def axes(self) -> Params:
+    def axes(self, *, stacked: bool = True) -> Params:
         """The logical axes of every parameter: a tree like the parameters, with a tuple of names at each leaf."""
         tree: Params = {}
-        for path, param in nnx.to_flat_state(nnx.state(self._abstract)):
+        for path, param in nnx.to_flat_state(nnx.state(self._abstract if stacked else self._abstract_unrolled)):
             node = tree
             for name in path[:-1]:
                 node = node.setdefault(name, {})
             node[path[-1]] = param.get_metadata("axes")
         return tree
 
-    def abstract_params(self, mesh: Mesh | None = None) -> Params:
+    def abstract_params(self, mesh: Mesh | None = None, *, stacked: bool = True) -> Params:
         """Shape and dtype of every parameter, and its sharding if a mesh is given; nothing is allocated.
 
-        Raises MeshError naming the dimension that does not fit the mesh.
+        Not `stacked`, `layers` holds a tree for each layer's number, as decoding wants it. Raises MeshError naming the
+        dimension that does not fit the mesh.
         """
-        shapes = nnx.to_pure_dict(nnx.state(self._abstract))
+        shapes = nnx.to_pure_dict(nnx.state(self._abstract if stacked else self._abstract_unrolled))
         if mesh is None:
             return shapes
         return jax.tree.map(
@@ -242,7 +252,7 @@ class Qwen:
                 shape.shape, shape.dtype, sharding=named_sharding(mesh, axes, shape.shape)
             ),
             shapes,
-            self.axes(),
+            self.axes(stacked=stacked),
         )
 
     def init(self, key: Array, mesh: Mesh | None = None) -> Params:
@@ -257,9 +267,12 @@ class Qwen:
     def init_cache(self, batch: int, slots: int) -> KVCache:
         """An empty cache for `batch` rows of up to `slots` tokens, rows and heads spread over the mesh in use."""
         config = self.config
-        shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
-        axes = ("layers", "batch", "slots", "kv_heads", "head_dim")
-        return KVCache(*(constrain(jnp.zeros(shape, self.dtype), *axes) for _ in KVCache._fields))
+        shape = (batch, config.num_key_value_heads, slots, config.head_dim)
+
+        def empty() -> Array:
+            return constrain(jnp.zeros(shape, self.dtype), *CACHE_AXES)
+
+        return tuple(LayerCache(empty(), empty()) for _ in range(config.num_hidden_layers))
 
     def hidden_states(
         self,
@@ -271,47 +284,45 @@ class Qwen:
     ) -> tuple[Hidden, KVCache | None]:
         """Run the layers; returns the normalised hidden states, and the cache with these tokens written.
 
-        `positions` are the rotary positions; with a cache they are also the slots that the tokens are written to
-        and up to which they see. `segment_ids` (0 = padding) keep packed examples apart; not with a cache.
-        `params` may also be what `unstack` made of them: then the layers are unrolled instead of scanned.
+        `positions` are the rotary positions, and the slots that tokens are written to. With a cache, `params` are
+        unrolled, and there is one token for each row, which sees the slots up to its own, or several, which begin an
+        empty cache at slot 0. `segment_ids` (0 = padding) keep packed examples apart; not with a cache.
+        Unrolled `params` (`abstract_params(stacked=False)`) run layer by layer, stacked ones are scanned.
         """
         stacked = "attention" in params["layers"]
-        graphdef = nnx.split(self._abstract)[0] if stacked else self._unrolled_graphdef
+        if cache is not None and (stacked or segment_ids is not None):
+            raise ValueError("a cache needs parameters that are unrolled, and has no segments")
+        graphdef = nnx.split(self._abstract if stacked else self._abstract_unrolled)[0]
         decoder = nnx.merge(graphdef, params)
         x = decoder.embedding[...].astype(self.dtype)[input_ids]
         frequencies, magnitude = rope_frequencies(self.config)
         rotations = rope_rotations(positions, frequencies, magnitude)
         rotations = jax.tree.map(lambda r: constrain(r, "batch", "length", *[None] * (r.ndim - 2)), rotations)
-        inputs = _Inputs(rotations, positions, segment_ids, cache)
-        run = self._scan if stacked else self._unroll
-        x, cache = run(decoder.layers, x, inputs)
+        inputs = _Inputs(rotations, positions, segment_ids)
+        if stacked:
+            return decoder.norm(self._scan(decoder.layers, x, inputs)), None
+        x, cache = self._unroll(decoder.layers, x, inputs, cache)
         return decoder.norm(x), cache
 
-    def _scan(self, layers: DecoderLayer, x: Hidden, inputs: _Inputs) -> tuple[Hidden, KVCache | None]:
+    def _scan(self, layers: DecoderLayer, x: Hidden, inputs: _Inputs) -> Hidden:
         graphdef, stack = nnx.split(layers)
 
-        def body(carry: tuple[Hidden, KVCache | None], xs: tuple[Any, Array]) -> tuple[Any, None]:
-            x, cache = carry
-            state, layer = xs
-            return nnx.merge(graphdef, state)(x, inputs._replace(cache=cache), layer), None
+        def body(x: Hidden, state: Any) -> tuple[Hidden, None]:
+            return nnx.merge(graphdef, state)(x, inputs)[0], None
 
-        carry, _ = jax.lax.scan(
-            self._rematerialised(body, scanned=True),
-            (x, inputs.cache),
-            (stack, jnp.arange(self.config.num_hidden_layers)),
-        )
-        return carry
+        return jax.lax.scan(self._rematerialised(body, scanned=True), x, stack)[0]
 
-    def _unroll(self, layers: Any, x: Hidden, inputs: _Inputs) -> tuple[Hidden, KVCache | None]:
-        cache = inputs.cache
+    def _unroll(self, layers: Any, x: Hidden, inputs: _Inputs, cache: KVCache | None) -> tuple[Hidden, KVCache | None]:
+        written = []
         for i, layer in enumerate(layers):
             graphdef, state = nnx.split(layer)
 
-            def run(x: Hidden, state: Any, cache: KVCache | None, i: int = i, graphdef: Any = graphdef) -> Any:
-                return nnx.merge(graphdef, state)(x, inputs._replace(cache=cache), i)
+            def run(x: Hidden, state: Any, own: LayerCache | None, graphdef: Any = graphdef) -> Any:
+                return nnx.merge(graphdef, state)(x, inputs, own)
 
-            x, cache = self._rematerialised(run, scanned=False)(x, state, cache)
-        return x, cache
+            x, own = self._rematerialised(run, scanned=False)(x, state, cache[i] if cache else None)
+            written.append(own)
+        return x, tuple(written) if cache else None
 
     def _rematerialised(self, layer: Callable[..., Any], *, scanned: bool) -> Callable[..., Any]:
         if self.remat == "none":

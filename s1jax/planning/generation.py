@@ -14,11 +14,11 @@ from jax.sharding import Mesh
 from s1jax.config import GenerateConfig
 from s1jax.decoding.budget import RowParams, RowState, Tables
 from s1jax.decoding.generate import STEPS_PER_CHUNK, bucket
-from s1jax.decoding.loop import CACHE_AXES, Rows, Shared, decode_chunk
+from s1jax.decoding.loop import Rows, Shared, decode_chunk
 from s1jax.decoding.setup import sampling_of
 from s1jax.mesh import batch_shards, make_mesh, named_sharding
 from s1jax.model.load import build_model
-from s1jax.model.qwen import KVCache, Qwen
+from s1jax.model.qwen import CACHE_AXES, KVCache, LayerCache, Qwen
 from s1jax.planning.cli import DOES_NOT_FIT
 from s1jax.planning.estimate import Estimate, Memory, estimate, temporaries, usable_bytes
 from s1jax.planning.hardware import GIB, Target, parse_target
@@ -80,7 +80,7 @@ def plan_generation(config: GenerateConfig, target: Target, devices: Sequence[ja
     context = architecture.max_position_embeddings
     rows = config.batch_size + -config.batch_size % batch_shards(mesh)
     slots = bucket(min(config.max_total_tokens or context, context), context)
-    params, cache = model.abstract_params(mesh), _abstract_cache(model, mesh, rows, slots)
+    params, cache = model.abstract_params(mesh, stacked=False), _abstract_cache(model, mesh, rows, slots)
     loop: Any = decode_chunk
     with jax.set_mesh(mesh):
         lowered = loop.lower(
@@ -117,9 +117,9 @@ def plan_generation(config: GenerateConfig, target: Target, devices: Sequence[ja
 
 def _abstract_cache(model: Qwen, mesh: Mesh, rows: int, slots: int) -> KVCache:
     config = model.config
-    shape = (config.num_hidden_layers, rows, slots, config.num_key_value_heads, config.head_dim)
+    shape = (rows, config.num_key_value_heads, slots, config.head_dim)
     leaf: Any = jax.ShapeDtypeStruct(shape, model.dtype, sharding=named_sharding(mesh, CACHE_AXES, shape))
-    return KVCache(leaf, leaf)
+    return (LayerCache(leaf, leaf),) * config.num_hidden_layers
 
 
 def _abstract_shared(vocab_size: int) -> Shared:

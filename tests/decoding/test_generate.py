@@ -160,10 +160,11 @@ def test_nothing_goes_to_the_host_within_a_chunk_and_the_cache_is_not_copied(loa
     text = compiled.as_text()
     assert "while" in text
     assert not any(word in text for word in ("infeed", "outfeed", "send-done", "recv-done", "host_callback"))
-    memory, size = compiled.memory_analysis(), sum(x.nbytes for x in cache)
-    # One layer's keys and values are read out of the stack at a time, and scored; the stack is updated in place.
+    memory, size = compiled.memory_analysis(), sum(x.nbytes for x in jax.tree.leaves(cache))
+    # Beside one layer's scores, nothing as large as a layer's keys: the cache is read and updated where it is.
     scores = 8 * model.config.num_attention_heads * 8192 * 4
-    assert memory.temp_size_in_bytes < size / model.config.num_hidden_layers + 2 * scores < 0.6 * size
+    layer_keys = size / model.config.num_hidden_layers / 2
+    assert memory.temp_size_in_bytes < 2 * scores + layer_keys / 2 < 0.5 * size
     assert memory.alias_size_in_bytes >= size
     with jax.transfer_guard("disallow"):
         jax.block_until_ready(loop.decode_chunk(*arguments))

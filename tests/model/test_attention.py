@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s1jax.model import attention as module
-from s1jax.model.attention import attention
+from s1jax.model.attention import attention, cached_attention
 from tests.reference.attention import reference_attention
 
 
@@ -46,12 +46,11 @@ def test_plain_attention_is_the_formula(length: int, groups: int, segments: bool
 
 
 def test_cached_attention_is_the_formula() -> None:
-    query, key, value = arrays(3, 2, 12, 4, 2)
-    index = jnp.array([[0, 1], [5, 6], [10, 11]])
-    expected = reference_attention(query, key, value, index, None)
-    for implementation in ("plain", "chunked", "auto"):
-        out = attention(query, key, value, query_index=index, implementation=implementation)
-        np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    query, key, value = arrays(3, 1, 12, 4, 2)
+    last = jnp.array([0, 5, 11])
+    expected = reference_attention(query, key, value, last[:, None], None)
+    out = cached_attention(query[:, 0], key.swapaxes(1, 2), value.swapaxes(1, 2), last)
+    np.testing.assert_allclose(out, expected[:, 0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -90,7 +89,3 @@ def test_what_an_implementation_cannot_do_is_refused() -> None:
     ids = jnp.ones((1, 4), jnp.int32)
     with pytest.raises(ValueError, match="cudnn has no segment ids; use triton"):
         attention(query, key, value, segment_ids=ids, implementation="cudnn")
-    with pytest.raises(ValueError, match="triton is for tokens attending to themselves"):
-        attention(query, key, value, query_index=ids, implementation="triton")
-    with pytest.raises(ValueError, match="not to a cache"):
-        attention(query, key, value, query_index=ids, segment_ids=ids)

@@ -144,7 +144,8 @@ def test_a_cache_filled_in_pieces_gives_the_same_hidden_states(one_device) -> No
     input_ids = rng.integers(0, 368, (3, 20))
     whole, _ = model.hidden_states(params, jnp.asarray(input_ids), jnp.tile(jnp.arange(20), (3, 1)))
     starts = np.array([4, 9, 12])
-    step = jax.jit(lambda ids, positions, cache: model.hidden_states(params, ids, positions, cache=cache))
+    unrolled = model.unstack(params)
+    step = jax.jit(lambda ids, positions, cache: model.hidden_states(unrolled, ids, positions, cache=cache))
     # The shorter rows' padding is written too, and overwritten token by token.
     prompts = np.where(np.arange(12) < starts[:, None], input_ids[:, :12], 0)
     hidden, cache = step(prompts, np.tile(np.arange(12), (3, 1)), model.init_cache(3, 24))
@@ -154,6 +155,14 @@ def test_a_cache_filled_in_pieces_gives_the_same_hidden_states(one_device) -> No
         at = (starts + offset)[:, None]
         hidden, cache = step(np.take_along_axis(input_ids, at, 1), at, cache)
         np.testing.assert_allclose(hidden, np.take_along_axis(whole, at[..., None], 1), rtol=0, atol=1e-5)
+
+
+def test_a_cache_takes_unrolled_parameters_only(one_device) -> None:
+    name, params, _ = one_device
+    model = build(name)
+    ids = jnp.zeros((1, 4), jnp.int32)
+    with pytest.raises(ValueError, match="parameters that are unrolled"):
+        model.hidden_states(params, ids, ids, cache=model.init_cache(1, 8))
 
 
 def test_chunked_logprobs_equal_the_log_softmax_of_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,8 @@ def run(*words: str, compilers: bool = True) -> subprocess.CompletedProcess[str]
 
 
 def plan(output: Path, *words: str) -> dict[str, Any]:
-    """The only plan that a command writes, and what it printed, under `text`."""
+    """The plan that a command writes, and what it printed, under `text`."""
     process = run(*words, f"plan.output={output}")
     assert process.returncode == 0, process.stderr
-    (content,) = json.loads(output.read_text())
-    return {**content, "text": process.stdout}
+    content = json.loads(output.read_text())
+    return {**(content[0] if isinstance(content, list) else content), "text": process.stdout}

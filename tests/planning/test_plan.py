@@ -87,6 +87,20 @@ def test_the_32b_step_fits_a_v5p_32(tmp_path: Path) -> None:
     check_parameters(content, fsdp=8, tensor=2)
 
 
+@pytest.mark.slow
+def test_a_decode_step_of_32b_reads_weights_and_cache_once(tmp_path: Path) -> None:
+    words = ("decode.py", "generate", "configs/decode/s1-32b.yaml", "prompt=x", "--plan", "h100:1x8")
+    sizes = ("model.dtype=bfloat16", "mesh.fsdp=1", "mesh.tensor=8", "batch_size=16", "max_total_tokens=16384")
+    content = plan(tmp_path / "plan.json", *words, *sizes)
+    assert content["fits"]
+    assert content["bytes_per_step"] <= 1.15 * content["least_bytes_per_step"]
+    weights, cache = WHOLE_MODEL / 2 / 8, 16 * 16_384 * 64 * 2 * 128 * 2
+    assert content["least_bytes_per_step"] == pytest.approx(weights + cache, rel=0.01)
+    # The cache is updated where it is: nothing near its size is held beside it.
+    assert content["memory"]["temporaries"] < 0.02 * cache
+    assert content["rows_that_fit"] > 16
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
