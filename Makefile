@@ -34,7 +34,7 @@ typecheck: install
 	$(VENV)/bin/mypy
 
 test: install compilers
-	$(RUN) -m pytest -n 2 --dist loadscope
+	$(RUN) -m pytest -n 3 --dist loadscope
 
 demo: install
 	$(RUN) -m s1jax.demo demo-output

@@ -143,7 +143,9 @@ class PlanSection:
 class TrainPlanSection(PlanSection):
     """Compile for hardware that is not here, instead of training."""
 
-    search: bool = Field(default=False, description="try remat policies, accumulation and meshes too, and rank them")
+    search: bool = Field(
+        default=False, description="try remat policies, accumulation, meshes and, if need be, shorter blocks; rank them"
+    )
     num_examples: Positive = Field(default=1000, description="where data.path cannot be read: so many examples,")
     mean_length: Positive | None = Field(
         default=None, description="of this mean length in tokens, log-normally spread; null: all of data.block_size"

@@ -7,19 +7,18 @@ from itertools import product
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from s1jax.config import Remat, TrainConfig
-from s1jax.mesh import MeshError
 from s1jax.model.config import QwenConfig
 from s1jax.planning.hardware import GIB, PlanError, Target, parse_target
-from s1jax.planning.lengths import example_lengths
 from s1jax.planning.report import assumptions, describe, ranking
 from s1jax.planning.training import TrainingPlan, plan_run, resolve_architecture
 
 DOES_NOT_FIT = 3
 """Exit status of a plan that was made, and says no."""
 _SEARCHED_REMAT: tuple[Remat, ...] = ("dots", "gate", "full")
+_BLOCK_EIGHTHS = (8, 6, 4, 3, 2, 1)
+"""Of `data.block_size`, the shares that a search tries in turn."""
 
 
 def plan(config: TrainConfig) -> int:
@@ -30,12 +29,11 @@ def plan(config: TrainConfig) -> int:
     assert config.plan.target is not None
     target = parse_target(config.plan.target)
     architecture = resolve_architecture(config.model.path)
-    lengths, source = example_lengths(config)
     devices = target.devices()
     if config.plan.search:
-        plans = _search(config, target, devices, architecture, lengths, source)
+        plans = _search(config, target, devices, architecture)
     else:
-        plans = [plan_run(config, target, devices, architecture, lengths, source)]
+        plans = [plan_run(config, target, devices, architecture)]
     print(describe(plans[0]))
     print(assumptions(config.plan, target, plans[0]))
     if config.plan.search:
@@ -47,16 +45,28 @@ def plan(config: TrainConfig) -> int:
 
 
 def _search(
-    config: TrainConfig,
-    target: Target,
-    devices: Sequence[jax.Device],
-    architecture: QwenConfig,
-    lengths: np.ndarray,
-    source: str,
+    config: TrainConfig, target: Target, devices: Sequence[jax.Device], architecture: QwenConfig
 ) -> list[TrainingPlan]:
-    """Plans for all sensible remat policies, accumulations and meshes: those that fit first, the fastest first."""
+    """Plans for remat policies, accumulations and meshes: those that fit first, the fastest first.
+
+    All are tried with `data.block_size`; only if none fits, with three quarters of it, a half, and so on.
+    """
+    for numerator in _BLOCK_EIGHTHS:
+        block_size = config.data.block_size * numerator // 8
+        at_block = replace(config, data=replace(config.data, block_size=block_size))
+        plans = _plans_at(at_block, target, devices, architecture)
+        if any(p.fits for p in plans):
+            break
+    if not plans:
+        raise PlanError(f"{target}: no mesh, remat policy and accumulation could be compiled")
+    return sorted(plans, key=lambda p: (not p.fits, p.seconds))
+
+
+def _plans_at(
+    config: TrainConfig, target: Target, devices: Sequence[jax.Device], architecture: QwenConfig
+) -> list[TrainingPlan]:
     plans = []
-    tensors = [t for t in (1, 2, 4, 8) if target.devices_per_host % t == 0]
+    tensors = [tensor for tensor in (1, 2, 4, 8) if target.devices_per_host % tensor == 0]
     for tensor, remat, accumulation in product(tensors, _SEARCHED_REMAT, (1, 2)):
         variant = replace(
             config,
@@ -64,13 +74,11 @@ def _search(
             mesh=replace(config.mesh, data=1, fsdp=-1, tensor=tensor),
             training=replace(config.training, gradient_accumulation_steps=accumulation),
         )
-        name = f"fsdp {target.num_devices // tensor} x tensor {tensor}, remat {remat}, accumulation {accumulation}"
+        name = f"block_size {config.data.block_size}, tensor {tensor}, remat {remat}, accumulation {accumulation}"
         try:
-            plans.append(plan_run(variant, target, devices, architecture, lengths, source))
-        except (MeshError, ValueError) as error:
+            plans.append(plan_run(variant, target, devices, architecture, largest_only=True))
+        except ValueError as error:
             print(f"{name}: {error}", flush=True)
         else:
             print(f"{name}: {plans[-1].peak_bytes / GIB:.1f} GiB, {plans[-1].seconds / 60:.1f} min", flush=True)
-    if not plans:
-        raise PlanError(f"{target}: no mesh, remat policy and accumulation could be compiled")
-    return sorted(plans, key=lambda p: (not p.fits, p.seconds))
+    return plans

@@ -18,7 +18,7 @@ def ranking(plans: Sequence[TrainingPlan]) -> str:
         verdict = "fits" if p.fits else "does not fit"
         mesh = " x ".join(map(str, p.mesh.values()))
         lines.append(
-            f"  mesh {mesh}, remat {p.remat}, accumulation {p.gradient_accumulation_steps}: "
+            f"  block_size {p.block_size}, mesh {mesh}, remat {p.remat}, accumulation {p.gradient_accumulation_steps}: "
             f"{p.peak_bytes / GIB:.1f} GiB ({verdict}), {p.seconds / 60:.1f} min"
         )
     return "\n".join(lines)

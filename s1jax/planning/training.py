@@ -25,6 +25,7 @@ from s1jax.model.qwen import Qwen
 from s1jax.planning.estimate import Estimate, Memory, estimate, temporaries, usable_bytes
 from s1jax.planning.hardware import PlanError, Target
 from s1jax.planning.hlo import Collective, Program
+from s1jax.planning.lengths import example_lengths
 from s1jax.training.loop import step_loader, training_model
 from s1jax.training.step import abstract_state, batch_sharding, compile_step
 
@@ -68,6 +69,7 @@ class TrainingPlan:
     mesh: dict[str, int]
     remat: str
     gradient_accumulation_steps: int
+    block_size: int
     lengths: str
     steps: int
     padding_share: float
@@ -112,20 +114,29 @@ def plan_run(
     target: Target,
     devices: Sequence[jax.Device],
     architecture: QwenConfig,
-    lengths: np.ndarray,
-    source: str,
+    *,
+    largest_only: bool = False,
 ) -> TrainingPlan:
-    """Compile every shape of the run and add it up. Raises MeshError, ValueError or PlanError."""
+    """Compile every shape of the run and add it up; or only the largest, and take the others to be in proportion.
+
+    Raises MeshError, ValueError, PlanError or InputError.
+    """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    lengths, source = example_lengths(config)
     loader = step_loader(config, _examples(lengths), mesh, (0, 1), 0)
     planner = _Planner(config, target, mesh, training_model(config, architecture), len(loader))
     largest_first = sorted(loader.shapes.items(), key=lambda item: -item[0][0] * item[0][1])
-    shapes = [planner.plan_shape(rows, length, steps) for (rows, length), steps in largest_first]
+    compiled = largest_first[:1] if largest_only else largest_first
+    shapes = [planner.plan_shape(rows, length, steps) for (rows, length), steps in compiled]
+    positions = sum(rows * length * steps for (rows, length), steps in largest_first)
+    planned = sum(shape.rows * shape.length * shape.steps for shape in shapes)
+    seconds = positions / planned * sum(shape.steps * shape.estimate.total for shape in shapes)
     return TrainingPlan(
         target=str(target),
         mesh=dict(mesh.shape),
         remat=config.model.remat,
         gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+        block_size=config.data.block_size,
         lengths=source,
         steps=planner.total_steps,
         padding_share=loader.padding_share,
@@ -133,7 +144,7 @@ def plan_run(
         parameters=planner.parameters,
         shapes=shapes,
         # A run cut short by max_steps has its shapes in the same proportions.
-        seconds=planner.total_steps / len(loader) * sum(shape.steps * shape.estimate.total for shape in shapes),
+        seconds=planner.total_steps / len(loader) * seconds,
         flop_ratio=sum(s.steps * s.dot_flops for s in shapes) / sum(s.steps * s.model_flops for s in shapes),
     )
 

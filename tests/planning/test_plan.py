@@ -1,6 +1,7 @@
 """The 32B recipe at full size, compiled for hardware that is not here; and what cannot be planned."""
 
 import ast
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from s1jax.model.architectures import known_architecture
 from s1jax.planning.hardware import GIB
 from tests.planning.conftest import plan, run
+from tests.tiny import QWEN2, model_directory
 
 H100 = "configs/sft/s1-32b-h100-8x2.yaml"
 WHOLE_MODEL = 4 * 32_763_876_352
@@ -85,6 +87,22 @@ def test_the_32b_step_fits_a_v5p_32(tmp_path: Path) -> None:
     assert shape["kernels"]["tpu_custom_call"] >= 3
     assert shape["score_arrays"] == 0
     check_parameters(content, fsdp=8, tensor=2)
+
+
+@pytest.mark.slow
+def test_a_search_ranks_what_fits_by_time(tmp_path: Path) -> None:
+    """A tiny model on one H100, which has room for everything; so the first block size is the last."""
+    model = model_directory(tmp_path / "model", {**QWEN2, "num_attention_heads": 4, "head_dim": 16})
+    words = (f"model.path={model}", "data.path=none", "training.output_dir=none", "data.block_size=256")
+    process = run("train.py", *words, "--plan", "h100:1x1", "plan.search=true", f"plan.output={tmp_path}/plan.json")
+    assert process.returncode == 0, process.stderr
+    plans = json.loads((tmp_path / "plan.json").read_text())
+    variants = [(p["remat"], p["gradient_accumulation_steps"]) for p in plans]
+    assert sorted(variants) == [(remat, n) for remat in ("dots", "full", "gate") for n in (1, 2)]
+    assert all(p["fits"] and p["block_size"] == 256 for p in plans)
+    seconds = [p["seconds"] for p in plans]
+    assert seconds == sorted(seconds)
+    assert "ranked (those that fit first, by time):" in process.stdout
 
 
 @pytest.mark.slow
