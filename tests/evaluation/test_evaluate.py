@@ -2,13 +2,11 @@
 
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -21,9 +19,11 @@ from selenium.webdriver.support.ui import Select
 from s1jax.evaluation.tasks import load_task
 from s1jax.jsonl import InputError
 from tests.decoding.conftest import CONFIG, ROOT, environment
+from tests.pages import browser, check_numbers
 from tests.processes import wait_until
 from tests.tiny import model_directory
 
+__all__ = ["browser"]
 MARKUP = "<script>document.title='broken'</script><b>&amp; </script>"
 
 
@@ -129,44 +129,9 @@ def test_killed_and_started_again_the_answers_are_the_same(
     assert "written with other values of sampling" in refused.stderr
 
 
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("needs Chromium: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    # With no host to be found, whatever the page would fetch fails.
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-background-networking",
-        f"--user-data-dir={tmp_path}",
-    ):
-        options.add_argument(argument)
-    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND")
-    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield started
-    started.quit()
-
-
 @pytest.mark.slow
 def test_the_page_shows_the_summary_and_the_answers_as_text(evaluated: Path, browser: webdriver.Chrome) -> None:
-    browser.get((evaluated / "report.html").as_uri())
-    summary = json.loads((evaluated / "summary.json").read_text())["tasks"]["sums"]
-    assert browser.title == "Test-time scaling"
-    for name, run in summary["runs"].items():
-        cells = browser.find_elements(By.CSS_SELECTOR, f'td[data-run="{name}"]')
-        shown = {cell.get_attribute("data-column"): cell.text for cell in cells}
-        accuracy = run["accuracy"]
-        expected = [f"{100 * accuracy[key]:.1f}%" for key in ("value", "low", "high")]
-        assert re.findall(r"[\d.]+%", shown["accuracy"]) == expected
-        assert float(shown["thinking_tokens"]) == pytest.approx(run["thinking_tokens"], abs=0.051)
-        assert int(shown["samples"]) == run["samples"]
-    control = browser.find_element(By.CSS_SELECTOR, 'tr[data-method="budget"] td:nth-child(2)').text
-    assert control == "100.0%"
-    assert len(browser.find_elements(By.CSS_SELECTOR, "figure svg")) == 3
-
+    check_numbers(browser, evaluated, "sums")
     kept = [line for line in lines(evaluated) if line["id"] == "markup" and line["run"] == "2 x 'Wait'"]
     Select(browser.find_element(By.ID, "run")).select_by_value("2 x 'Wait'")
     browser.find_element(By.ID, "search").send_keys("document.title")
