@@ -35,10 +35,10 @@ def main(words: list[str]) -> int:
         mode, module = "plan", "s1jax.planning.generation"
     else:
         use_most_of_gpu()
-    # Imported here because it is slow: --help and mistakes in the keys answer at once.
-    from s1jax.compilation_cache import keep_compilations
+        # Imported here because it is slow: --help and mistakes in the keys answer at once.
+        from s1jax.compilation_cache import keep_compilations
 
-    keep_compilations()
+        keep_compilations()
     try:
         status = getattr(importlib.import_module(module), mode)(config)
     except (ValueError, OSError, RuntimeError) as error:

@@ -18,16 +18,15 @@ def main(words: list[str]) -> int:
         use_most_of_gpu()
     import jax  # Slow to import: --help and mistakes in the keys answer at once.
 
-    from s1jax.compilation_cache import keep_compilations
-
-    keep_compilations()
     try:
         if config.plan.target:
             from s1jax.planning.cli import plan
 
             return plan(config)
+        from s1jax.compilation_cache import keep_compilations
         from s1jax.training.loop import train
 
+        keep_compilations()
         return train(config)
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

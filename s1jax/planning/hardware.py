@@ -160,6 +160,8 @@ def check_compiler(platform: str) -> None:
 def use_compilers_only() -> None:
     """Set the environment so that jax computes on the CPU and libtpu looks for no TPU; before jax is imported."""
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # What is compiled for devices that are not here cannot be read back from the cache.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     settings = {
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
