@@ -30,7 +30,7 @@ class ModelSection:
     )
 
 
-Remat = Literal["none", "dots", "gate", "full"]
+Remat = Literal["none", "dots", "heads", "gate", "full"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 
@@ -41,8 +41,11 @@ class TrainedModelSection(ModelSection):
 
     remat: Remat = Field(
         default="full",
-        description="what the forward pass keeps: none = everything, dots = matmul outputs, "
-        "gate = layer inputs and gate projections, full = layer inputs only",
+        description="what the forward pass keeps: none = everything, dots = matmul outputs, heads = gate and queries, "
+        "keys, values, gate = inputs of both blocks and gate projections, full = layer inputs only",
+    )
+    remat_by_length: dict[Positive, Remat] | None = Field(
+        default=None, description="another remat for rows of up to so many tokens; as {8192: heads, 16384: gate}"
     )
 
 
@@ -57,6 +60,9 @@ class DataSection:
         default="error", description="what happens to an example longer than block_size"
     )
     packing: bool = Field(default=True, description="several examples in a row, kept apart by segment ids")
+    max_row_length: Positive | None = Field(
+        default=None, description="longest row that packing may fill, in tokens, if more than block_size"
+    )
     shuffle: bool = Field(default=True, description="a new order each epoch")
 
 

@@ -4,8 +4,8 @@ A step always has the same number of examples; packing only decides how many sha
 from a small set, so that few shapes are compiled.
 """
 
-from bisect import bisect_right, insort
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -17,12 +17,33 @@ from s1jax.data.examples import Example
 LossAverage = Literal["sample", "token"]
 
 
+class Shape(NamedTuple):
+    """The size of a step's rows, which a program is compiled for."""
+
+    rows: int
+    length: int
+
+    @property
+    def positions(self) -> int:
+        """Tokens and padding together."""
+        return self.rows * self.length
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """Which examples go into which row: indices into the step's lengths, in the order they lie in the row."""
 
     rows: tuple[tuple[int, ...], ...]
     row_length: int
+
+    @property
+    def shape(self) -> Shape:
+        """Number and length of the rows."""
+        return Shape(len(self.rows), self.row_length)
+
+    def padded(self, shape: Shape) -> "StepPlan":
+        """The same rows, made longer, and empty ones after them."""
+        return StepPlan(self.rows + ((),) * (shape.rows - len(self.rows)), shape.length)
 
 
 class Batch(NamedTuple):
@@ -44,25 +65,47 @@ class Batch(NamedTuple):
     """Weight of each target in the loss of the step."""
 
 
-def length_buckets(block_size: int) -> tuple[int, ...]:
-    """Row lengths to choose from, ascending; the last holds `block_size` tokens.
+def row_lengths(longest: int) -> tuple[int, ...]:
+    """Lengths that rows may have, ascending; the last holds `longest` tokens.
 
-    Two in each doubling from 256 on, and from 4,096 on eight, where a step costs so much that padding outweighs another
-    compilation (of s1K on 8 shards 10% are padding instead of 18%). Beyond 256 all are multiples of 128, the tile of
-    TPU and GPU attention kernels.
+    They are multiples of the tiles of TPU and GPU attention kernels: 128, and from 4,096 on 256, which is faster.
     """
-    buckets: list[int] = []
-    length = 256
-    while length < block_size:
-        buckets += range(length, 2 * length, length // (8 if length >= 4096 else 2))
-        length *= 2
-    last = block_size if block_size <= 256 else _round_up(block_size, 128)
-    return (*(length for length in buckets if length < block_size), last)
+    if longest <= 128:
+        return (longest,)
+    fine = range(128, min(_round_up(longest, 128), 4096) + 1, 128)
+    return (*fine, *range(4096 + 256, _round_up(longest, 256) + 1, 256))
 
 
-def plan_step(
-    lengths: Sequence[int], *, num_shards: int, block_size: int, buckets: Sequence[int], packing: bool
-) -> StepPlan:
+def merge_shapes(steps: Mapping[Shape, int], most: int) -> dict[Shape, Shape]:
+    """For each shape that steps need, one of at most `most` shapes that has room for it.
+
+    Two shapes after another are joined into one that holds both, those first that this adds the fewest positions to
+    over all of their steps, so that a run compiles few programs and computes little padding.
+
+    Args:
+        steps: how many steps need each shape.
+        most: shapes to be left.
+    """
+    groups = [[shape] for shape in sorted(steps)]
+    rows, lengths = np.array(sorted(steps)).T
+    counts = np.array([steps[shape] for shape in sorted(steps)])
+    while len(groups) > most:
+        joined = np.maximum.outer(rows, rows) * np.maximum.outer(lengths, lengths)
+        added = counts * (joined - rows * lengths)
+        cost = np.triu(added + added.T, 1) + np.tril(np.full(joined.shape, np.inf))
+        keep, gone = np.unravel_index(np.argmin(cost), cost.shape)
+        groups[keep] += groups.pop(gone)
+        rows[keep], lengths[keep] = max(rows[keep], rows[gone]), max(lengths[keep], lengths[gone])
+        counts[keep] += counts[gone]
+        rows, lengths, counts = (np.delete(values, gone) for values in (rows, lengths, counts))
+    return {
+        shape: Shape(int(row), int(length))
+        for group, row, length in zip(groups, rows, lengths, strict=True)
+        for shape in group
+    }
+
+
+def plan_step(lengths: Sequence[int], *, num_shards: int, row_lengths: Sequence[int], packing: bool) -> StepPlan:
     """Decide which of a step's examples go to which row; the same input always gives the same plan.
 
     Among the row lengths and row counts that hold all examples, the plan has the fewest tokens per shard,
@@ -72,19 +115,16 @@ def plan_step(
     Args:
         lengths: tokens of each example.
         num_shards: the number of rows is a multiple of this; rows beyond what is needed are empty.
-        block_size: the longest example there can be.
-        buckets: row lengths to choose from, ascending, the last of at least `block_size`.
+        row_lengths: lengths to choose from, ascending.
         packing: whether examples may share rows. Without, row i is example i.
 
     Raises:
-        ValueError: if an example is longer than `block_size`, or than every bucket.
+        ValueError: if an example is longer than every row.
     """
-    if buckets[-1] < block_size:
-        raise ValueError(f"the last of buckets={tuple(buckets)} must hold block_size={block_size}")
     longest = max(lengths)
-    if longest > block_size:
-        raise ValueError(f"an example of {longest} tokens does not fit block_size={block_size}")
-    row_lengths = [length for length in buckets if length >= longest]
+    if longest > row_lengths[-1]:
+        raise ValueError(f"an example of {longest} tokens does not fit a row of {row_lengths[-1]}")
+    row_lengths = row_lengths[bisect_left(row_lengths, longest) :]
 
     most_rows = _round_up(len(lengths), num_shards)
     if not packing:

@@ -25,11 +25,12 @@ from s1jax.model.rope import rope_frequencies, rope_rotations, rotate
 Params = dict[str, Any]
 """Nested dict of arrays, keyed by strings; `layers` holds every layer's parameters stacked on a first axis."""
 Hidden = Float[Array, "batch length hidden"]
-Remat = Literal["none", "dots", "gate", "full"]
+Remat = Literal["none", "dots", "heads", "gate", "full"]
 
 _REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": None,
-    "gate": jax.checkpoint_policies.save_only_these_names("gate"),
+    "gate": jax.checkpoint_policies.save_only_these_names("attended", "gate"),
+    "heads": jax.checkpoint_policies.save_only_these_names("attended", "gate", "heads"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -119,6 +120,7 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         query = constrain(rotate(query, inputs.rotations), "batch", "length", "heads", "head_dim")
         key = rotate(key, inputs.rotations)
+        query, key, value = (checkpoint_name(x, "heads") for x in (query, key, value))
         if cache is not None:
             cache = _write(cache, key, value, inputs.positions)
         if cache is not None and x.shape[1] == 1:
@@ -181,7 +183,7 @@ class DecoderLayer(nnx.Module):
         x = constrain(x, "batch", "residual_length", None)
         with jax.named_scope("attention"):
             update, cache = self.attention(self.attention_norm(x), inputs, cache)
-            x = constrain(x + update, "batch", "residual_length", None)
+            x = checkpoint_name(constrain(x + update, "batch", "residual_length", None), "attended")
         with jax.named_scope("mlp"):
             return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "residual_length", None), cache
 
@@ -206,8 +208,9 @@ class Qwen:
     """An architecture together with how to run it; hashable, so a jitted function can close over it.
 
     `dtype` is that of the computation, `param_dtype` of the stored parameters. `remat` says what the forward pass
-    keeps for the backward pass: "none" everything (no rematerialisation), "dots" the weight matmuls' outputs,
-    "gate" each layer's input and gate projection, which saves 40% of what recomputation costs, "full" only the input.
+    keeps for the backward pass: "none" everything (no rematerialisation), "dots" the weight matmuls' outputs, "gate"
+    each layer's input, the sum after its attention and its gate projection, which saves half of what recomputation
+    costs, "heads" queries, keys and values too, "full" only the input.
     """
 
     config: QwenConfig

@@ -16,7 +16,7 @@ from s1jax.planning.training import TrainingPlan, plan_run, resolve_architecture
 
 DOES_NOT_FIT = 3
 """Exit status of a plan that was made, and says no."""
-_SEARCHED_REMAT: tuple[Remat, ...] = ("dots", "gate", "full")
+_SEARCHED_REMAT: tuple[Remat, ...] = ("dots", "heads", "gate", "full")
 _BLOCK_EIGHTHS = (8, 6, 4, 3, 2, 1)
 """Of `data.block_size`, the shares that a search tries in turn."""
 
@@ -53,7 +53,8 @@ def _search(
     """
     for numerator in _BLOCK_EIGHTHS:
         block_size = config.data.block_size * numerator // 8
-        at_block = replace(config, data=replace(config.data, block_size=block_size))
+        longest_row = config.data.max_row_length if numerator == _BLOCK_EIGHTHS[0] else None
+        at_block = replace(config, data=replace(config.data, block_size=block_size, max_row_length=longest_row))
         plans = _plans_at(at_block, target, devices, architecture)
         if any(p.fits for p in plans):
             break
@@ -70,7 +71,7 @@ def _plans_at(
     for tensor, remat, accumulation in product(tensors, _SEARCHED_REMAT, (1, 2)):
         variant = replace(
             config,
-            model=replace(config.model, remat=remat),
+            model=replace(config.model, remat=remat, remat_by_length=None),
             mesh=replace(config.mesh, data=1, fsdp=-1, tensor=tensor),
             training=replace(config.training, gradient_accumulation_steps=accumulation),
         )

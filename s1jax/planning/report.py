@@ -7,7 +7,8 @@ from s1jax.planning.hardware import GIB, Target
 from s1jax.planning.training import TrainingPlan
 
 _COLUMNS = (
-    "  rows x length  steps    GiB = params   optim   batch    temp  FLOP ratio   s/step = compute  memory + exposed"
+    "  rows x length  steps  remat    GiB = params   optim   batch    temp  FLOP ratio"
+    "   s/step = compute  memory + exposed"
 )
 
 
@@ -28,7 +29,7 @@ def describe(plan: TrainingPlan) -> str:
     """A table of the run's shapes, what the largest exchanges, and the verdict."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     lines = [
-        f"{plan.target}, {mesh}, remat {plan.remat}, accumulation {plan.gradient_accumulation_steps}",
+        f"{plan.target}, {mesh}, accumulation {plan.gradient_accumulation_steps}",
         f"examples: {plan.lengths}; padding {plan.padding_share:.1%}",
         _COLUMNS,
     ]
@@ -37,9 +38,9 @@ def describe(plan: TrainingPlan) -> str:
         parts = (memory.total, memory.parameters, memory.optimizer, memory.batch, memory.temporaries)
         total, params, optimizer, batch, temporaries = (f"{part / GIB:7.2f}" for part in parts)
         lines.append(
-            f"{shape.rows:6} x {shape.length:6} {shape.steps:6} {total} {params} {optimizer} {batch} {temporaries}"
-            f" {shape.flop_ratio:11.3f} {seconds.total:8.2f} {seconds.compute:9.2f} {seconds.memory:7.2f}"
-            f" {seconds.exposed:9.2f}"
+            f"{shape.rows:6} x {shape.length:6} {shape.steps:6}  {shape.remat:5}"
+            f" {total} {params} {optimizer} {batch} {temporaries} {shape.flop_ratio:11.3f}"
+            f" {seconds.total:8.2f} {seconds.compute:9.2f} {seconds.memory:7.2f} {seconds.exposed:9.2f}"
         )
     largest = plan.shapes[0]
     lines.append(f"collectives of one step, {largest.rows} x {largest.length}:")

@@ -21,12 +21,12 @@ from s1jax.mesh import make_mesh
 from s1jax.model.architectures import known_architecture
 from s1jax.model.config import QwenConfig
 from s1jax.model.flops import attention_flops, matmul_parameters
-from s1jax.model.qwen import Qwen
+from s1jax.model.qwen import Qwen, Remat
 from s1jax.planning.estimate import Estimate, Memory, estimate, temporaries, usable_bytes
 from s1jax.planning.hardware import PlanError, Target
 from s1jax.planning.hlo import Collective, Program
 from s1jax.planning.lengths import example_lengths
-from s1jax.training.loop import step_loader, training_model
+from s1jax.training.loop import for_rows, step_loader, training_model
 from s1jax.training.step import abstract_state, batch_sharding, compile_step
 
 _KERNELS = ("triton", "cudnn", "tpu_custom_call")
@@ -44,6 +44,7 @@ class ShapePlan:
     length: int
     steps: int
     """Of the run's steps, how many have this shape."""
+    remat: Remat
     memory: Memory
     dot_flops: float
     model_flops: float
@@ -162,7 +163,6 @@ class _Planner:
         self.total_steps = min(steps, config.training.max_steps or steps)
         # Devices to compile for hold no array, not even optax's placeholders: all this is made without the mesh in use.
         self._state = abstract_state(model, config.optimizer, mesh)
-        self._step: Any = compile_step(model, config.optimizer, self.total_steps, mesh)
         self.parameters: dict[str, str] = {}
         """As `TrainingPlan.parameters`, of the last program compiled."""
 
@@ -170,9 +170,11 @@ class _Planner:
         """Compile the step for rows of this shape. Raises PlanError if the compiler finds no room for it."""
         started = time.perf_counter()
         batch = self._batch(rows, length)
+        model = for_rows(self._model, self._config.model, length)
+        step: Any = compile_step(model, self._config.optimizer, self.total_steps, self._mesh)
         try:
             with jax.set_mesh(self._mesh):
-                compiled = self._step.lower(self._state, batch).compile()
+                compiled = step.lower(self._state, batch).compile()
         except JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -181,12 +183,13 @@ class _Planner:
         seconds = time.perf_counter() - started
         self.parameters = self._parameters(compiled)
         program, config = Program(compiled.as_text()), self._model.config
-        kernel_flops = self._kernel_flops(program, rows, length)
+        kernel_flops = self._kernel_flops(program, rows, length, model.remat)
         efficiency = self._config.plan.efficiency
         return ShapePlan(
             rows=rows,
             length=length,
             steps=steps,
+            remat=model.remat,
             memory=Memory(
                 parameters=device_bytes(self._state.params),
                 optimizer=device_bytes(self._state.optimizer),
@@ -209,11 +212,11 @@ class _Planner:
         sharding = batch_sharding(self._mesh)
         return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in dtypes))
 
-    def _kernel_flops(self, program: Program, rows: int, length: int) -> float:
+    def _kernel_flops(self, program: Program, rows: int, length: int, remat: Remat) -> float:
         """Of one device; 0 where attention is not a kernel, and its products are among the others."""
         if not any(part in kernel for kernel in program.kernels for part in _KERNELS):
             return 0.0
-        forward_passes = 1 if self._model.remat == "none" else 2
+        forward_passes = 1 if remat == "none" else 2
         # The model's attention is a forward pass and a backward pass of two; kernels see all keys of a row, other
         # examples' too.
         share = (forward_passes + _BACKWARD_UNITS) / 3

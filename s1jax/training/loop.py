@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from types import FrameType
@@ -17,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from transformers import AutoTokenizer
 
-from s1jax.config import TrainConfig
+from s1jax.config import TrainConfig, TrainedModelSection
 from s1jax.config_reader import to_dict
 from s1jax.data.examples import Dataset, Example, load_examples
 from s1jax.data.loader import StepLoader
@@ -27,13 +28,14 @@ from s1jax.model.config import QwenConfig
 from s1jax.model.flops import peak_flops, training_flops
 from s1jax.model.hf import export_model, load_params, resolve_model
 from s1jax.model.load import build_model
-from s1jax.model.qwen import Params, Qwen
+from s1jax.model.qwen import Params, Qwen, Remat
 from s1jax.training.checkpoint import Checkpoints
 from s1jax.training.metrics import Tracker, check_trackers, open_trackers, save_provenance
 from s1jax.training.run_directory import RunError, check_config, exclusive
 from s1jax.training.step import (
     StepMetrics,
     TrainState,
+    TrainStep,
     abstract_state,
     batch_sharding,
     compile_loss,
@@ -65,6 +67,13 @@ def training_model(config: TrainConfig, architecture: QwenConfig) -> Qwen:
     return build_model(config.model, architecture, param_dtype="float32", remat=config.model.remat)
 
 
+def for_rows(model: Qwen, section: TrainedModelSection, length: int) -> Qwen:
+    """The model with what the configuration has the forward pass keep of rows of this length."""
+    by_length = section.remat_by_length or {}
+    limits = [limit for limit in by_length if length <= limit]
+    return replace(model, remat=by_length[min(limits)] if limits else section.remat)
+
+
 def step_loader(
     config: TrainConfig,
     examples: Sequence[Example],
@@ -84,7 +93,7 @@ def step_loader(
         seed=config.training.seed,
         packing=config.data.packing or evaluation,
         loss_average=config.training.loss_average,
-        block_size=config.data.block_size,
+        max_row_length=max(config.data.block_size, config.data.max_row_length or 0),
         num_microbatches=microbatches,
         num_shards=batch_shards(mesh) * microbatches,
         row_shard=row_shard,
@@ -117,6 +126,7 @@ class _Run:
         )
         self.loader = self._loader(dataset.examples)
         self.total_steps = min(len(self.loader), config.training.max_steps or len(self.loader))
+        self._compiled: dict[Remat, TrainStep] = {}
         check_config(directory, config, _fingerprint(dataset.examples))
         if jax.process_index() == 0:
             self._describe(dataset)
@@ -180,13 +190,12 @@ class _Run:
     ) -> TrainState:
         """Take steps until all are taken or the run is told to end; the state returned has been saved."""
         training, every = self.config.training, self.config.checkpoint.every_steps
-        take = compile_step(self.model, self.config.optimizer, self.total_steps, self.mesh)
         evaluate = compile_loss(self.model, self.mesh) if self.eval_loader else None
         bad_steps = 0
         for step in range(int(state.step) + 1, self.total_steps + 1):
             started = time.perf_counter()
             batch = self._to_devices(next(self.loader))
-            state, metrics = jax.block_until_ready(take(state, batch))
+            state, metrics = jax.block_until_ready(self._step_for(batch)(state, batch))
             numbers = self._numbers(step, batch, metrics, time.perf_counter() - started)
             bad_steps = 0 if metrics.finite else bad_steps + 1
             if evaluate and (step % training.eval_every == 0 or step == self.total_steps):
@@ -206,6 +215,13 @@ class _Run:
             if stop:
                 break
         return state
+
+    def _step_for(self, batch: Batch) -> TrainStep:
+        """The step with what is to be kept of rows as long as these."""
+        model = for_rows(self.model, self.config.model, batch.input_ids.shape[-1])
+        if model.remat not in self._compiled:
+            self._compiled[model.remat] = compile_step(model, self.config.optimizer, self.total_steps, self.mesh)
+        return self._compiled[model.remat]
 
     def _to_devices(self, batch: Batch) -> Batch:
         """This process's rows as its part of arrays that span the mesh."""

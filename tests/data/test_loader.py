@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from s1jax.data.examples import Example
 from s1jax.data.loader import StepCounts, StepLoader
 
-BLOCK_SIZE = 512
+LONGEST_ROW = 512
 
 
 def make_examples(count, seed=0):
@@ -30,7 +30,7 @@ def make_loader(examples, **changes):
         "seed": 0,
         "packing": True,
         "loss_average": "sample",
-        "block_size": BLOCK_SIZE,
+        "max_row_length": LONGEST_ROW,
         "num_microbatches": 1,
         "num_shards": 1,
         "row_shard": (0, 1),
@@ -225,9 +225,10 @@ def test_a_whole_run_is_planned_quickly():
     examples = [Example(np.zeros(length, np.int32), np.arange(length) > 0) for length in rng.integers(600, 9600, 1000)]
     for num_shards in (1, 8):
         start = time.perf_counter()
-        loader = make_loader(examples, batch_size=16, num_epochs=5, block_size=32_768, num_shards=num_shards)
+        loader = make_loader(examples, batch_size=16, num_epochs=5, max_row_length=32_768, num_shards=num_shards)
         assert 0 < loader.padding_share < 0.5
         assert sum(loader.shapes.values()) == 315
+        assert len(loader.shapes) <= 8
         assert time.perf_counter() - start < 2
 
 

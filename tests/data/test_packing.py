@@ -1,4 +1,4 @@
-from itertools import pairwise
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -6,14 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s1jax.data.examples import Example
-from s1jax.data.packing import StepPlan, build_batch, length_buckets, plan_step
+from s1jax.data.packing import Shape, StepPlan, build_batch, merge_shapes, plan_step, row_lengths
 
 PAD_ID = 7
 
 
-def plan(lengths, num_shards=1, block_size=1024, packing=True):
-    buckets = length_buckets(block_size)
-    return plan_step(lengths, num_shards=num_shards, block_size=block_size, buckets=buckets, packing=packing)
+def plan(lengths, num_shards=1, longest_row=1024, packing=True):
+    return plan_step(lengths, num_shards=num_shards, row_lengths=row_lengths(longest_row), packing=packing)
 
 
 def example(length, rng):
@@ -28,37 +27,58 @@ def example(length, rng):
 
 
 @pytest.mark.parametrize(
-    ("block_size", "buckets"),
+    ("longest", "lengths"),
     [
-        (4096, (256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)),
-        (9000, (256, 384, 512, 768, 1024, 1536, 2048, 3072, *range(4096, 8192, 512), 8192, 9088)),
-        (300, (256, 384)),
-        (256, (256,)),
+        (4096, tuple(range(128, 4097, 128))),
+        (9000, (*range(128, 4097, 128), *range(4352, 9217, 256))),
+        (300, (128, 256, 384)),
+        (128, (128,)),
         (64, (64,)),
     ],
 )
-def test_length_buckets(block_size, buckets):
-    assert length_buckets(block_size) == buckets
+def test_row_lengths(longest, lengths):
+    assert row_lengths(longest) == lengths
 
 
-@given(block_size=st.integers(2, 70_000))
-def test_length_buckets_ascend_by_half_or_less_to_the_block_size(block_size):
-    buckets = length_buckets(block_size)
-    assert block_size <= buckets[-1] < block_size + 128
-    assert all(length % 128 == 0 for length in buckets if length > 256)
-    assert all(a < b <= a * 1.5 for a, b in pairwise(buckets))
+SHAPES = st.dictionaries(
+    st.builds(Shape, st.integers(1, 6), st.integers(1, 30)), st.integers(1, 50), min_size=1, max_size=20
+)
+
+
+def positions(steps, standing_in):
+    return sum(count * standing_in[shape].positions for shape, count in steps.items())
+
+
+@given(steps=SHAPES, most=st.integers(1, 8))
+def test_merged_shapes_have_room_and_are_few(steps, most):
+    standing_in = merge_shapes(steps, most)
+    assert set(standing_in) == set(steps)
+    assert len(set(standing_in.values())) <= most
+    assert all(room.rows >= shape.rows and room.length >= shape.length for shape, room in standing_in.items())
+    if len(steps) <= most:
+        assert standing_in == {shape: shape for shape in steps}
+
+
+@given(steps=SHAPES)
+def test_the_join_that_adds_least_comes_first(steps):
+    """One shape fewer: no other pair would have added less."""
+    standing_in = merge_shapes(steps, max(1, len(steps) - 1))
+    for first, second in combinations(steps, 2):
+        joined = Shape(max(first.rows, second.rows), max(first.length, second.length))
+        other = {shape: joined if shape in (first, second) else shape for shape in steps}
+        assert positions(steps, standing_in) <= positions(steps, other)
 
 
 LENGTHS = st.lists(st.integers(2, 1000), min_size=1, max_size=24)
 
 
-@given(lengths=LENGTHS, num_shards=st.integers(1, 12), block_size=st.integers(1000, 3000), packing=st.booleans())
-def test_a_plan_holds_every_example_once_in_rows_of_a_bucket(lengths, num_shards, block_size, packing):
-    result = plan(lengths, num_shards, block_size, packing)
-    assert result == plan(lengths, num_shards, block_size, packing)
+@given(lengths=LENGTHS, num_shards=st.integers(1, 12), longest_row=st.integers(1000, 5000), packing=st.booleans())
+def test_a_plan_holds_every_example_once_in_rows_of_a_known_length(lengths, num_shards, longest_row, packing):
+    result = plan(lengths, num_shards, longest_row, packing)
+    assert result == plan(lengths, num_shards, longest_row, packing)
     assert sorted(index for row in result.rows for index in row) == list(range(len(lengths)))
     assert len(result.rows) % num_shards == 0
-    assert result.row_length in length_buckets(block_size)
+    assert result.row_length in row_lengths(longest_row)
     assert all(sum(lengths[index] for index in row) <= result.row_length for row in result.rows)
 
 
@@ -68,7 +88,7 @@ def test_packing_never_has_more_tokens_than_not_packing(lengths, num_shards):
     assert len(packed.rows) * packed.row_length <= len(single.rows) * single.row_length
 
 
-def test_without_packing_row_i_is_example_i_in_the_smallest_bucket_that_holds_all():
+def test_without_packing_row_i_is_example_i_in_the_shortest_rows_that_hold_all():
     assert plan([10, 300, 20], packing=False) == StepPlan(((0,), (1,), (2,)), 384)
     assert plan([10, 384], packing=False) == StepPlan(((0,), (1,)), 384)
     assert plan([10, 385], packing=False) == StepPlan(((0,), (1,)), 512)
@@ -102,19 +122,16 @@ def test_rows_are_balanced_where_that_is_free():
 def test_a_tight_packing_is_found_where_a_balanced_one_does_not_fit():
     # The balanced greedy would put the two long ones in different rows, and one row would overflow.
     lengths = [384, 384, 256, 256, 256]
-    assert plan(lengths, num_shards=2, block_size=768) == StepPlan(((2, 3, 4), (0, 1)), 768)
+    assert plan(lengths, num_shards=2, longest_row=768) == StepPlan(((2, 3, 4), (0, 1)), 768)
 
 
-@pytest.mark.parametrize(
-    ("lengths", "buckets", "message"),
-    [
-        ([10, 65], (32, 64), "an example of 65 tokens does not fit block_size=64"),
-        ([10], (32,), r"the last of buckets=\(32,\) must hold block_size=64"),
-    ],
-)
-def test_what_cannot_be_planned(lengths, buckets, message):
-    with pytest.raises(ValueError, match=message):
-        plan_step(lengths, num_shards=1, block_size=64, buckets=buckets, packing=True)
+def test_an_example_longer_than_every_row_is_refused():
+    with pytest.raises(ValueError, match="an example of 65 tokens does not fit a row of 64"):
+        plan_step([10, 65], num_shards=1, row_lengths=(32, 64), packing=True)
+
+
+def test_a_plan_in_a_larger_shape_has_the_same_rows_and_empty_ones():
+    assert StepPlan(((1,), (0, 2)), 128).padded(Shape(4, 256)) == StepPlan(((1,), (0, 2), (), ()), 256)
 
 
 # The rows

@@ -68,7 +68,7 @@ def one_device(request):
     return request.param, params, loss_and_gradients(model, params, packed_batch())
 
 
-@pytest.mark.parametrize("remat", ["full", "gate", "dots"])
+@pytest.mark.parametrize("remat", ["full", "gate", "heads", "dots"])
 def test_rematerialisation_changes_nothing(one_device, remat: str) -> None:
     name, params, expected = one_device
     assert_close(loss_and_gradients(build(name, remat=remat), params, packed_batch()), expected)
@@ -87,6 +87,7 @@ def test_full_remat_computes_more_and_keeps_less(one_device) -> None:
         return jax.jit(jax.grad(loss)).lower(params).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries("full") < temporaries("gate") < temporaries("dots") < temporaries("none")
+    assert temporaries("gate") < temporaries("heads") < temporaries("none")
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

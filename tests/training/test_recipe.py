@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from s1jax.config import OptimizerSection, TrainConfig
+from s1jax.config import OptimizerSection, TrainConfig, TrainedModelSection
 from s1jax.config_reader import load_config
 from s1jax.data.examples import Example, load_examples
 from s1jax.data.loader import StepLoader
@@ -19,7 +19,7 @@ from s1jax.data.packing import Batch
 from s1jax.mesh import make_mesh
 from s1jax.model.config import QwenConfig
 from s1jax.model.qwen import Qwen
-from s1jax.training.loop import train
+from s1jax.training.loop import for_rows, train
 from s1jax.training.optimizer import learning_rate
 from s1jax.training.step import abstract_state, batch_sharding, compile_step, gradients, init_state
 from tests.tiny import QWEN2, QWEN3, model_directory, random_params
@@ -54,7 +54,7 @@ def test_twenty_steps_equal_the_torch_loop(
         "mesh.fsdp=4" if packing else "mesh.fsdp=2",
         "mesh.tensor=2",
         f"mesh.data={2 if packing else 4}",
-        *(() if packing else ("training.batch_size=8",)),
+        *(("model.remat_by_length={128: heads}",) if packing else ("training.batch_size=8",)),
     ]
     settings = load_config(TrainConfig, [*command(tmp_path / "run", *words)[2:]])
     assert train(settings) == 0
@@ -71,6 +71,13 @@ def test_twenty_steps_equal_the_torch_loop(
             assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-9), (ours["step"], name)
 
 
+def test_the_shortest_limit_that_has_room_says_what_is_kept() -> None:
+    section = TrainedModelSection(path="none", remat="full", remat_by_length={256: "gate", 128: "heads"})
+    model = Qwen(QwenConfig.from_hf(QWEN2), remat="full")
+    kept = [for_rows(model, section, length).remat for length in (64, 128, 129, 256, 257)]
+    assert kept == ["heads", "heads", "gate", "gate", "full"]
+
+
 def test_s1k_takes_315_steps_with_16_of_warm_up() -> None:
     example = Example(np.arange(8, dtype=np.int32), np.arange(8) > 3)
     loader = StepLoader(
@@ -81,7 +88,7 @@ def test_s1k_takes_315_steps_with_16_of_warm_up() -> None:
         seed=0,
         packing=True,
         loss_average="sample",
-        block_size=256,
+        max_row_length=256,
         num_microbatches=1,
         num_shards=8,
         row_shard=(0, 1),
