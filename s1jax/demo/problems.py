@@ -1,9 +1,11 @@
 """Arithmetic that takes many small dependent steps, and the traces of a teacher who works it out and checks it.
 
-A problem starts with a digit and adds or takes away in labelled steps, keeping the last digit each time. No step can be
-done before the one before it, so who must answer early can only guess. The teacher has one bad habit: at one kind of
-step it often slips, and it stops more often than it checks. So its answers are not all right, and a student gains by
-being made to check.
+A problem starts with a digit and adds in labelled steps, keeping the last digit each time. No step can be done before
+the one before it, so who must answer early can only guess. The teacher has one bad habit: at one sum it often slips,
+and it stops more often than it checks. So its answers are not all right, and a student gains by being made to check.
+
+Digits are written as words: with the space before it a word is one token, which a digit is not in Qwen's tokenizer. So
+even a model this small learns to find the number beside a label, whatever the seed.
 """
 
 import json
@@ -15,10 +17,11 @@ from pathlib import Path
 import numpy as np
 
 LABELS = "abcdefghij"
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MIN_STEPS = 2
-LARGEST_STEP = 3
-SLIP_STEP, SLIP_VALUE, SLIP_SHARE = -3, 2, 0.8
-"""At its first try, when it has done two steps, the teacher gets 2 - 3 wrong so often (by 2)."""
+LARGEST_STEP = 6
+SLIP_STEP, SLIP_VALUE, SLIP_SHARE = 6, 8, 0.8
+"""At its first try, when it has done two steps, the teacher gets 8 + 6 wrong so often (by 1)."""
 CHECK_SHARES = (0.6, 0.2, 0.1, 0.06, 0.04)
 """How often the teacher checks its work 0, 1, 2, 3 and 4 times before it answers."""
 
@@ -33,8 +36,8 @@ class Problem:
     @property
     def question(self) -> str:
         """The problem in words."""
-        lines = "".join(f"{label} {step:+}\n" for label, step in zip(LABELS, self.steps, strict=False))
-        return f"Start with {self.start} and keep the last digit of each step:\n{lines}What comes out?"
+        lines = "".join(f"{label} {DIGITS[step]}\n" for label, step in zip(LABELS, self.steps, strict=False))
+        return f"Start with {DIGITS[self.start]}, add and keep the last digit each time:\n{lines}What comes out?"
 
     @property
     def answer(self) -> int:
@@ -47,7 +50,7 @@ def draw_problems(rng: np.random.Generator) -> Iterator[Problem]:
     seen = set()
     while True:
         count = rng.integers(MIN_STEPS, len(LABELS) + 1)
-        steps = rng.integers(1, LARGEST_STEP + 1, count) * rng.choice([-1, 1], count)
+        steps = rng.integers(1, LARGEST_STEP + 1, count)
         problem = Problem(int(rng.integers(10)), tuple(steps.tolist()))
         if problem not in seen:
             seen.add(problem)
@@ -65,12 +68,12 @@ def teach(problem: Problem, rng: np.random.Generator) -> tuple[str, int]:
 
 def _work_through(problem: Problem, rng: np.random.Generator, slips: bool) -> tuple[str, int]:
     value = problem.start
-    lines = [f"start = {value}\n"]
+    lines = [f"start: {DIGITS[value]}\n"]
     for i, (label, step) in enumerate(zip(LABELS, problem.steps, strict=False)):
         tempted = slips and i >= 2 and (step, value) == (SLIP_STEP, SLIP_VALUE)
         slipped = tempted and rng.random() < SLIP_SHARE
-        value = (value + step + 2 * slipped) % 10
-        lines.append(f"{label} {step:+} = {value}\n")
+        value = (value + step + slipped) % 10
+        lines.append(f"{label} {DIGITS[step]}: {DIGITS[value]}\n")
     return "".join(lines), value
 
 

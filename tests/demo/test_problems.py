@@ -6,23 +6,24 @@ from pathlib import Path
 
 import numpy as np
 
-from s1jax.demo.problems import LABELS, Problem, draw_problems, teach, write_data
+from s1jax.demo.problems import DIGITS, LABELS, Problem, draw_problems, teach, write_data
 
 
 def worked(text: str) -> list[list[tuple[str, int, int]]]:
     """The passes of a trace: label, step and result of each line."""
     passes = []
-    for part in text.split("start = ")[1:]:
-        passes.append(
-            [(m[1], int(m[2]), int(m[3])) for m in re.finditer(r"^(\w) ([+-]\d) = (\d)$", part, re.MULTILINE)]
-        )
+    for part in text.split("start: ")[1:]:
+        lines = re.finditer(r"^(\w) (\w+): (\w+)$", part, re.MULTILINE)
+        passes.append([(m[1], DIGITS.index(m[2]), DIGITS.index(m[3])) for m in lines])
     return passes
 
 
 def test_a_problem_in_words_and_its_answer() -> None:
-    problem = Problem(2, (3, -2, -3))
-    assert problem.question == "Start with 2 and keep the last digit of each step:\na +3\nb -2\nc -3\nWhat comes out?"
-    assert problem.answer == 0
+    problem = Problem(2, (3, 6, 4))
+    assert problem.question == (
+        "Start with two, add and keep the last digit each time:\na three\nb six\nc four\nWhat comes out?"
+    )
+    assert problem.answer == 5
 
 
 def test_every_pass_but_the_first_is_right_and_the_answer_is_that_of_the_last() -> None:
@@ -37,7 +38,7 @@ def test_every_pass_but_the_first_is_right_and_the_answer_is_that_of_the_last() 
             value = problem.start
             for _, step, result in steps:
                 slipped = result != (value + step) % 10
-                assert not slipped or (number == 0 and (step, value, result) == (-3, 2, 1))
+                assert not slipped or (number == 0 and (step, value, result) == (6, 8, 5))
                 slips += slipped
                 value = result
         assert answer == passes[-1][-1][2]
