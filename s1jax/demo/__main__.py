@@ -35,6 +35,7 @@ _CONFIG = {
     # With the usual 0.02 a model this narrow does not begin to learn.
     "initializer_range": 0.1,
 }
+_INTERVAL = ("value", "low", "high")
 _ROOT = Path(__file__).parents[2]
 
 
@@ -80,16 +81,17 @@ def table(figures: dict[str, Any]) -> str:
     """Accuracy of each run, and the metrics of the two ways to control the thinking."""
     lines = ["run             accuracy (95% interval)    thinking tokens"]
     for name, run in figures["runs"].items():
-        value, low, high = (100 * run["accuracy"][key] for key in ("value", "low", "high"))
+        value, low, high = (100 * run["accuracy"][key] for key in _INTERVAL)
         lines.append(f"{name:<14}  {value:5.1f}%  ({low:5.1f} to {high:5.1f})  {run['thinking_tokens']:14.1f}")
     budget, wait = figures["methods"]["budget"], figures["methods"]["wait"]
-    scaling = budget["scaling"]
+    # Where every run thought as long there is no scaling to speak of.
+    scaling = ["–" if budget["scaling"][key] is None else f"{budget['scaling'][key]:.1f}" for key in _INTERVAL]
     lines.append(
-        f"budgets: control {100 * budget['control']:.0f}%, scaling {scaling['value']:.1f} points per doubling "
-        f"({scaling['low']:.1f} to {scaling['high']:.1f}), performance {100 * budget['performance']:.1f}%"
+        f"budgets: control {100 * budget['control']:.0f}%, scaling {scaling[0]} points per doubling "
+        f"({scaling[1]} to {scaling[2]}), performance {100 * budget['performance']:.1f}%"
     )
     for name, gain in wait["gains"].items():
-        value, low, high = (100 * gain[key] for key in ("value", "low", "high"))
+        value, low, high = (100 * gain[key] for key in _INTERVAL)
         lines.append(f"{name}: {value:+.1f} points over no wait ({low:+.1f} to {high:+.1f})")
     return "\n".join(lines)
 

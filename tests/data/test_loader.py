@@ -224,12 +224,12 @@ def test_a_whole_run_is_planned_quickly():
     rng = np.random.default_rng(0)
     examples = [Example(np.zeros(length, np.int32), np.arange(length) > 0) for length in rng.integers(600, 9600, 1000)]
     for num_shards in (1, 8):
-        start = time.perf_counter()
+        start = time.process_time()
         loader = make_loader(examples, batch_size=16, num_epochs=5, max_row_length=32_768, num_shards=num_shards)
         assert 0 < loader.padding_share < 0.5
         assert sum(loader.shapes.values()) == 315
         assert len(loader.shapes) <= 8
-        assert time.perf_counter() - start < 2
+        assert time.process_time() - start < 2
 
 
 # Evaluation
