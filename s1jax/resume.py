@@ -11,8 +11,8 @@ from s1jax.jsonl import InputError
 def keep_settings(config: Any, free_to_change: tuple[str, ...], output: Path, beside: Path) -> None:
     """Compare with the configuration that an earlier run of `output` left in the file `beside`; leave this one there.
 
-    Raises InputError that names the top-level keys that differ, but for those in `free_to_change`, or if the file cannot
-    be written, which is then as it was.
+    Raises InputError that names the top-level keys that differ, but for those in `free_to_change`; also if the file
+    cannot be written, which is then as it was.
     """
     settings = {key: value for key, value in to_dict(config).items() if key not in free_to_change}
     if output.exists() and beside.exists():

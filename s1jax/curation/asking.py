@@ -18,9 +18,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from s1jax.curation.endpoint import Endpoint, EndpointError, EndpointSection, FailureError, Messages
+from s1jax.curation.endpoint import Endpoint, EndpointError, FailureError, Messages
 from s1jax.curation.files import stream_jsonl, write_whole
 from s1jax.curation.message import Reply, read_reply, read_usage
+from s1jax.curation.sections import EndpointSection
 from s1jax.jsonl import InputError
 from s1jax.resume import keep_settings
 

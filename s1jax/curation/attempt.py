@@ -1,36 +1,19 @@
 """The stage attempt: a student model's answer to each question, from an endpoint or from a model computed here."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
-from s1jax.config import STRICT, BudgetSection, GenerateConfig, MeshSection, ModelSection, Positive
+from s1jax.config import GenerateConfig, ModelSection
 from s1jax.config_reader import ConfigError
 from s1jax.curation.asking import Ask, ask_all, user_turn
-from s1jax.curation.distill import BOXED
-from s1jax.curation.endpoint import EndpointSection, FailureError
+from s1jax.curation.endpoint import FailureError
 from s1jax.curation.files import read_questions
 from s1jax.curation.message import Reply
+from s1jax.curation.sections import StudentSection
 from s1jax.jsonl import InputError, resume_jsonl, write_lines
 from s1jax.resume import keep_settings
-
-
-@dataclass(frozen=True, config=STRICT)
-class StudentSection:
-    """A student, either at endpoint.base_url or the model at path."""
-
-    endpoint: EndpointSection = Field(default=EndpointSection(), description="where it is asked")
-    path: str | None = Field(default=None, description="model directory or hub id, to compute answers here (greedy)")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="bfloat16", description="dtype of the computation")
-    budget: BudgetSection = Field(
-        default=BudgetSection(profile="none", max_answer_tokens=4096), description="with path: length of the answers"
-    )
-    batch_size: Positive = Field(default=8, description="with path: rows decoded at once")
-    mesh: MeshSection = Field(default=MeshSection(), description="with path: device mesh")
-    instruction: str = Field(default=BOXED, description="appended to each question")
 
 
 def attempt(name: str, section: StudentSection, output_dir: Path) -> dict[str, int]:

@@ -3,24 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-from pydantic.dataclasses import dataclass
-
-from s1jax.config import STRICT
 from s1jax.curation.asking import Ask, ask_all, user_turn
-from s1jax.curation.endpoint import EndpointSection, FailureError
+from s1jax.curation.endpoint import FailureError
 from s1jax.curation.files import read_questions
 from s1jax.curation.message import Reply
-
-BOXED = "\n\nPut your final answer within \\boxed{}."
-
-
-@dataclass(frozen=True, config=STRICT)
-class DistillSection:
-    """The teacher."""
-
-    endpoint: EndpointSection = Field(default=EndpointSection(), description="where it is asked")
-    instruction: str = Field(default=BOXED, description="appended to each question; not part of the training rows")
+from s1jax.curation.sections import DistillSection
 
 
 def distill(section: DistillSection, output_dir: Path) -> dict[str, int]:

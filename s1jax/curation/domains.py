@@ -4,14 +4,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-from pydantic.dataclasses import dataclass
-
-from s1jax.config import STRICT
 from s1jax.curation.asking import Ask, ask_all, user_turn
-from s1jax.curation.endpoint import EndpointSection, FailureError
+from s1jax.curation.endpoint import FailureError
 from s1jax.curation.files import read_questions
 from s1jax.curation.message import Reply
+from s1jax.curation.sections import DomainsSection
 
 # Mathematics Subject Classification 2020, the two-digit codes.
 CODES = {
@@ -90,13 +87,6 @@ The codes:
 {codes}
 
 Reply with the two digits of the code that fits best, and nothing else."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class DomainsSection:
-    """The model that classifies."""
-
-    endpoint: EndpointSection = Field(default=EndpointSection(), description="where it is asked")
 
 
 def domains(section: DomainsSection, output_dir: Path) -> dict[str, int]:

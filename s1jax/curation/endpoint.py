@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint: its section of the configuration, one request to it, and what went wrong with one.
+"""An OpenAI-compatible endpoint: one request to it, and what it means that one went wrong.
 
 The key comes from the environment alone, and is taken out of all that the endpoint says before anyone sees it.
 """
@@ -10,18 +10,18 @@ import os
 import re
 import time
 from email.utils import parsedate_to_datetime
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import httpx2
-from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI
-from pydantic import Field
-from pydantic.dataclasses import dataclass
-
-from s1jax.config import STRICT, NonNegative, Positive, WholeNumber
 from s1jax.config_reader import ConfigError
+from s1jax.curation.sections import EndpointSection
 
-Seconds = Annotated[float, Field(gt=0)]
+try:
+    import httpx2
+    from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error.name} is not installed: pip install '.[curation]'") from None
+
 Messages = list[dict[str, str]]
 
 _FATAL = {
@@ -33,36 +33,6 @@ _FATAL = {
 _NEVER_CONNECTED = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 _TRANSIENT = (408, 409, 425, 429)
 _SHORTEST_SECRET = 8
-
-
-@dataclass(frozen=True, config=STRICT)
-class EndpointSection:
-    """A model behind an OpenAI-compatible API, and what asking it may cost."""
-
-    base_url: str | None = Field(default=None, description="as https://api.openai.com/v1; null: no endpoint")
-    model: str | None = Field(default=None, description="the endpoint's name of the model")
-    api_key_env: str = Field(default="OPENAI_API_KEY", description="name of the environment variable with the key")
-    max_tokens: Positive = Field(default=32_768, description="longest answer in tokens, reasoning included")
-    max_tokens_key: Literal["max_tokens", "max_completion_tokens"] = Field(
-        default="max_tokens", description="what the endpoint calls it (OpenAI's reasoning models: the latter)"
-    )
-    extra_body: dict[str, Any] = Field(default={}, description="more fields of each request, as temperature")
-    concurrency: Positive = Field(default=16, description="questions under way at once")
-    timeout: Seconds = Field(default=1800.0, description="seconds until a request without a whole answer is given up")
-    max_retries: WholeNumber = Field(
-        default=8, description="further tries of a question after overload, server errors, timeouts, lost connections"
-    )
-    max_rubbish_retries: WholeNumber = Field(default=2, description="further tries after an answer that is unusable")
-    backoff: NonNegative = Field(default=1.0, description="seconds before the first further try, doubled for each next")
-    max_backoff: NonNegative = Field(default=60.0, description="longest of these waits, in seconds")
-    max_retry_after: NonNegative = Field(
-        default=3600.0, description="the run stops if the endpoint asks for a longer wait, in seconds"
-    )
-    retry_failed: bool = Field(default=False, description="ask the questions again that failed in an earlier run")
-    price_in: NonNegative = Field(default=0.0, description="price of a million prompt tokens")
-    price_out: NonNegative = Field(default=0.0, description="price of a million answer tokens")
-    max_cost: NonNegative | None = Field(default=None, description="money that the whole stage may cost")
-    max_total_tokens: Positive | None = Field(default=None, description="tokens that the whole stage may cost")
 
 
 class EndpointError(RuntimeError):

@@ -4,32 +4,18 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
-from s1jax.config import STRICT
-from s1jax.curation.endpoint import EndpointSection
 from s1jax.curation.files import read_questions, stream_jsonl, write_whole
 from s1jax.curation.judge import Case, judge
+from s1jax.curation.sections import GradeSection
 from s1jax.evaluation.grading import Grader, Kind
 from s1jax.jsonl import InputError, resume_jsonl, write_lines
 
 _Row = dict[str, Any]
 _CHOICE = re.compile(r"\(?[A-J]\)?")
-
-
-@dataclass(frozen=True, config=STRICT)
-class GradeSection:
-    """How answers are graded."""
-
-    method: Literal["math-verify", "judge"] = Field(default="math-verify", description="what grades")
-    grading_seconds: Annotated[float, Field(gt=0)] = Field(
-        default=10.0, description="an answer that takes math-verify longer is ungraded"
-    )
-    endpoint: EndpointSection = Field(default=EndpointSection(), description="the judge")
 
 
 def grade(section: GradeSection, students: Sequence[str], output_dir: Path) -> dict[str, int]:

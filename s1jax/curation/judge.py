@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from s1jax.curation.asking import Ask, ask_all, user_turn
-from s1jax.curation.endpoint import EndpointSection, FailureError
+from s1jax.curation.endpoint import FailureError
 from s1jax.curation.message import Reply
+from s1jax.curation.sections import EndpointSection
 
 _PROMPT = """\
 Below are a question, its reference answer, and an attempt at the question. Decide whether the attempt reaches the \
