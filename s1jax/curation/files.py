@@ -3,8 +3,9 @@
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from s1jax.jsonl import InputError, Problem, describe, read_jsonl
 
@@ -14,10 +15,7 @@ def read_questions(output_dir: Path) -> list[dict[str, Any]]:
 
     Raises InputError if the file is not there, or with every line that cannot be used.
     """
-    path = output_dir / "questions.jsonl"
-    if not path.exists():
-        raise InputError(f"{path}: not there; run the stage collect first")
-    source = read_jsonl(path)
+    source = read_jsonl(stage_output(output_dir, "questions.jsonl", "collect"))
     problems, seen = list(source.problems), set()
     for line, row in source.rows:
         for key in ("id", "question"):
@@ -52,12 +50,33 @@ def stream_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             start += len(line)
 
 
+def stage_output(output_dir: Path, name: str, stage: str) -> Path:
+    """The path of a file that a stage writes. Raises InputError that names the stage if it is not there."""
+    path = output_dir / name
+    if not path.exists():
+        raise InputError(f"{path}: not there; run the stage {stage} first")
+    return path
+
+
 def write_whole(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Replace a file by these rows, or leave it as it was. Raises InputError where they cannot be written."""
+    with _replacing(path) as file:
+        file.writelines((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file by this content, or leave it as it was. Raises InputError where it cannot be written."""
+    with _replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of the one at `path` once it is whole."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        with partial.open("wb") as file:
+            yield file
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
