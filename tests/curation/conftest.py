@@ -8,7 +8,9 @@ import pytest
 
 from s1jax.curation.sections import EndpointSection
 from tests.curation.server import Server
+from tests.decoding.conftest import directory
 
+__all__ = ["directory"]
 KEY = "sk-PLANTED/7f3a9c51d2"
 
 

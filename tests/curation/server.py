@@ -12,7 +12,7 @@ from typing import Any
 
 TRANSIENT = ("429", "429 date", "500", "503", "timeout", "drop", "half")
 """Faults of the way to an answer; `half` breaks off in the middle of a body of known length."""
-RUBBISH = ("half JSON", "schema", "no choices", "empty", "HTML", "list", "surrogate", "error in 200", "usage")
+RUBBISH = ("half JSON", "schema", "no choices", "empty", "HTML", "list", "surrogate", "deep", "error in 200", "usage")
 FINAL = ("400", "cut")
 FATAL = ("401", "402", "403", "404", "no quota")
 PROMPT_TOKENS, ANSWER_TOKENS = 10, 20
@@ -118,6 +118,9 @@ class Handler(BaseHTTPRequestHandler):
                 message = {"role": "assistant", "content": " ", "reasoning_content": ""}
             case "surrogate":
                 text = '{"choices": [{"message": {"content": "\\ud800", "reasoning_content": "a"}}]}'
+            case "deep":
+                choice = {"message": message, "finish_reason": "stop"}
+                text = json.dumps({"choices": [choice], "usage": usage})[:-1] + f', "x": {"[" * 900}{"]" * 900}}}'
             case "cut":
                 cut = True
             case "no quota":
