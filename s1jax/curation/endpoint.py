@@ -13,6 +13,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from pydantic_core import from_json
+
 from s1jax.config_reader import ConfigError
 from s1jax.curation.sections import EndpointSection
 
@@ -96,13 +98,15 @@ class Endpoint:
 
     def _parse(self, body: bytes) -> dict[str, Any]:
         try:
-            value = json.loads(self._redact(json.dumps(json.loads(body), ensure_ascii=False)))
-            json.dumps(value, ensure_ascii=False).encode()  # Half a surrogate pair could not be written to a file.
-        except (ValueError, RecursionError):
+            # Unlike json.loads, it refuses what could not be written to a file or read back: half a surrogate pair,
+            # NaN, hundreds of lists in each other.
+            value = from_json(body, allow_inf_nan=False)
+        except ValueError:
             raise FailureError(f"not JSON: {self._clean(body.decode(errors='replace'))}", "rubbish") from None
         if not isinstance(value, dict):
-            raise FailureError(f"expected a JSON object, found {type(value).__name__}", "rubbish")
-        return value
+            raise FailureError(f"not a JSON object, but a {type(value).__name__}", "rubbish")
+        redacted: dict[str, Any] = json.loads(self._redact(json.dumps(value, ensure_ascii=False)))
+        return redacted
 
     def _status_failure(self, error: APIStatusError) -> FailureError | EndpointError:
         """What an error status means: for this question, or for the run."""

@@ -79,14 +79,12 @@ def _is_thought(part: dict[str, Any]) -> bool:
 
 
 def _part_text(part: dict[str, Any]) -> str:
-    """The text of a content part, which may be parts again."""
-    for key in ("text", "thinking", "thought", "reasoning"):
-        value = part.get(key)
-        if isinstance(value, str):
-            return value
-        if isinstance(value, list):
-            return "".join(_part_text(inner) for inner in value if isinstance(inner, dict))
-    return ""
+    """The text of a content part; a thinking part may hold a list of text parts."""
+    value = next((part[key] for key in ("text", *_THOUGHT_TYPES) if isinstance(part.get(key), str | list)), "")
+    if isinstance(value, str):
+        return value
+    texts = (inner.get("text") for inner in value if isinstance(inner, dict))
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _split_tags(text: str, tag: str) -> tuple[str, str]:
