@@ -23,7 +23,7 @@ class Entry:
 
     funnel: list[tuple[str, int]] = field(default_factory=list)
     """What was left, and how many questions, step by step."""
-    tables: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    tables: dict[str, Mapping[str, int | float]] = field(default_factory=dict)
     """Further figures by title."""
 
 
@@ -96,5 +96,5 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
-def _number(value: float) -> str:
+def _number(value: int | float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
