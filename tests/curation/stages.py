@@ -25,7 +25,7 @@ def run_stage(stage: str, run: Path, config: Row | None = None) -> int:
     """The exit status of a stage in the run directory `run`."""
     config = {"sources": {"s": {"path": "none.jsonl"}}, **(config or {}), "output_dir": str(run)}
     file = run.with_name(run.name + ".yaml")
-    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return main([stage, str(file)])
 
 
