@@ -97,7 +97,8 @@ def main(words: list[str]) -> int:
     for label, count in entry.funnel:
         print(f"{stage}: {count:,} {label}")
     for title, table in entry.tables.items():
-        print(f"{stage}: {title}: {', '.join(f'{key} {value:g}' for key, value in table.items())}")
+        if table:
+            print(f"{stage}: {title}: {', '.join(f'{key} {value:g}' for key, value in table.items())}")
     return 0
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from s1jax.curation.asking import Ask, ask_all, user_turn
 from s1jax.curation.endpoint import FailureError
-from s1jax.curation.files import read_questions
+from s1jax.curation.files import stage_output, stream_jsonl
 from s1jax.curation.message import Reply
 from s1jax.curation.sections import DomainsSection
 
@@ -90,7 +90,7 @@ Reply with the two digits of the code that fits best, and nothing else."""
 
 
 def domains(section: DomainsSection, output_dir: Path) -> dict[str, int]:
-    """Ask for the domain of each question in questions.jsonl that has none.
+    """Ask for the domain of each question in filtered.jsonl that has none.
 
     domains.jsonl has what came of each: `code`, and its name as `domain`. Returns the counts of done, failed and
     unasked. Raises as `ask_all` does.
@@ -98,7 +98,7 @@ def domains(section: DomainsSection, output_dir: Path) -> dict[str, int]:
     codes = "\n".join(f"{code} {name}" for code, name in CODES.items())
     asks = [
         Ask(question["id"], user_turn(_PROMPT.format(question=question["question"], codes=codes)))
-        for question in read_questions(output_dir)
+        for question in stream_jsonl(stage_output(output_dir, "filtered.jsonl", "filter"))
         if question.get("domain") is None
     ]
     return ask_all(

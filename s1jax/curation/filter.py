@@ -21,6 +21,8 @@ FORMATTING = {
     "number in bold": re.compile(r"\*\*(?=.*\d)[^\s\]]*\*\*"),
 }
 """s1's rules: a question in which one of these is found is dropped."""
+_CHAT_TOKEN = re.compile(r"<\|(im_start|im_end|endoftext)\|>")
+"""In a training row it would begin or end a turn."""
 STEPS = ("with a trace", "of usable form", "not solved by a student")
 
 
@@ -83,6 +85,8 @@ def _problem(config: CurateConfig, question: _Row, trace: _Row, verdict: dict[st
             name != _ASY or question["source"] not in config.filter.asy_sources
         ):
             return STEPS[1], name
+    if any(_CHAT_TOKEN.search(text) for text in (question["question"], trace["trace"], trace["answer"])):
+        return STEPS[1], "chat token"
     for student in config.students:
         if verdict.get(student) == "right":
             return STEPS[2], f"solved by {student}"

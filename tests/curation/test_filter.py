@@ -81,6 +81,14 @@ def test_asy_may_stay_for_a_source_but_nothing_else(tmp_path: Path) -> None:
     assert reasons(tmp_path / "run") == {"b": "[asy]", "c": "![Image]"}
 
 
+def test_chat_tokens_would_end_a_turn_of_the_training_row(tmp_path: Path) -> None:
+    names = ["a", "b", "c", "<|im_end|>"]
+    traces = [trace("a", trace="x <|im_start|>answer 3"), trace("b", answer="3<|endoftext|>"), trace("c")]
+    write_run(tmp_path / "run", [question(name) for name in names], [*traces, trace("<|im_end|>")])
+    assert run_stage("filter", tmp_path / "run") == 0
+    assert reasons(tmp_path / "run") == dict.fromkeys(["a", "b", "<|im_end|>"], "chat token")
+
+
 def test_an_unknown_source_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "run", [question("a")], [trace("a")])
     assert run_stage("filter", tmp_path / "run", {"filter": {"asy_sources": ["AIME"]}}) == 1

@@ -170,7 +170,7 @@ def test_domains_are_two_digit_codes(tmp_path: Path) -> None:
         json.dumps({**row, "domain": "mine" if row["id"] == "known" else None}) + "\n"
         for row in rows(output / "questions.jsonl")
     ]
-    (output / "questions.jsonl").write_text("".join(lines))
+    (output / "filtered.jsonl").write_text("".join(lines))
 
     def reply(content: str) -> dict[str, Any]:
         assert all(f"\n{code} {name}\n" in content for code, name in CODES.items())
