@@ -233,6 +233,16 @@ def test_failed_questions_are_asked_again_on_request(tmp_path: Path) -> None:
         assert server.asked == {**dict.fromkeys(NAMES, 1), NAMES[0]: 2, NAMES[1]: 2}
 
 
+def test_questions_that_come_and_go(tmp_path: Path) -> None:
+    with serving() as server:
+        distill(teacher(server), write_questions(tmp_path, NAMES[:4]))
+        assert distill(teacher(server), write_questions(tmp_path, NAMES[2:])) == {"done": 6, "failed": 0, "unasked": 0}
+        check_ended(tmp_path, {}, NAMES[2:])
+        distill(teacher(server), write_questions(tmp_path, NAMES))
+        check_ended(tmp_path, {}, NAMES)
+        assert server.asked == dict.fromkeys(NAMES, 1)
+
+
 def test_the_teacher_that_is_not_there_fails_every_question(tmp_path: Path) -> None:
     with serving() as server:
         pass
@@ -270,7 +280,8 @@ def test_a_full_disk_leaves_earlier_answers_intact(tmp_path: Path) -> None:
         assert all(server.asked[name] == 1 for name in kept)
 
 
-def test_the_key_is_nowhere(tmp_path: Path) -> None:
+def test_the_key_is_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_LOG", "debug")
     faults = [*TRANSIENT[:4], *RUBBISH, *FINAL]
     names = [f"question {fault}" for fault in faults] + ["question good"]
 
