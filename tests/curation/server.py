@@ -43,7 +43,7 @@ class Server(ThreadingHTTPServer):
         self.usage = True
         self.delay = 0.0
         self.retry_after = "0"
-        self.hang = 2.0
+        self.hang = 3.0
         """Seconds that a request is left without an answer by the fault "timeout"."""
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
