@@ -90,15 +90,19 @@ Reply with the two digits of the code that fits best, and nothing else."""
 
 
 def domains(section: DomainsSection, output_dir: Path) -> dict[str, int]:
-    """Ask for the domain of each question in filtered.jsonl that has none.
+    """Ask for the domain of each question that filter left, or collect found, and that has none.
 
     domains.jsonl has what came of each: `code`, and its name as `domain`. Returns the counts of done, failed and
     unasked. Raises as `ask_all` does.
     """
+    collected = section.ask_about == "collected"
+    questions = stage_output(
+        output_dir, *(("questions.jsonl", "collect") if collected else ("filtered.jsonl", "filter"))
+    )
     codes = "\n".join(f"{code} {name}" for code, name in CODES.items())
     asks = [
         Ask(question["id"], user_turn(_PROMPT.format(question=question["question"], codes=codes)))
-        for question in stream_jsonl(stage_output(output_dir, "filtered.jsonl", "filter"))
+        for question in stream_jsonl(questions)
         if question.get("domain") is None
     ]
     return ask_all(

@@ -80,3 +80,6 @@ class DomainsSection:
     """The model that classifies."""
 
     endpoint: EndpointSection = Field(default=EndpointSection(), description="where it is asked")
+    ask_about: Literal["filtered", "collected"] = Field(
+        default="filtered", description="what filter left, or, for a benchmark's domains, all that collect found"
+    )

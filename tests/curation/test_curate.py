@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from s1jax.config_reader import load_config
+from s1jax.curation.config import CurateConfig
 from tests.curation.stages import write_rows
 from tests.small_disk import small_disk
 
@@ -39,6 +41,13 @@ def test_mistakes_in_keys_are_named(tmp_path: Path, words: list[str], message: s
     assert done.returncode == 2
     assert message in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("preset", sorted((Path(__file__).parents[2] / "configs/curation").glob("*.yaml")), ids=str)
+def test_presets_have_known_keys(preset: Path) -> None:
+    config = load_config(CurateConfig, [str(preset)])
+    assert len(config.students) == 2
+    assert set(config.select.preselect) | set(config.filter.asy_sources) <= set(config.sources)
 
 
 def test_a_word_that_is_no_stage() -> None:

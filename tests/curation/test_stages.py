@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,11 @@ def test_domains_are_two_digit_codes(tmp_path: Path) -> None:
         for _ in range(2):
             assert domains(section, output) == {"done": 2, "failed": 4, "unasked": 0}
         assert server.asked == {**dict.fromkeys(said, 1), "number": 3}
+        # A benchmark has no traces, and so was never filtered.
+        (output / "filtered.jsonl").rename(output / "questions.jsonl")
+        with pytest.raises(InputError, match="run the stage filter first"):
+            domains(section, output)
+        assert domains(replace(section, ask_about="collected"), output) == {"done": 2, "failed": 4, "unasked": 0}
     found = {row["id"]: (row["code"], row["domain"]) for row in rows(output / "domains.jsonl")}
     assert found == {
         **dict.fromkeys(said, (None, None)),
