@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 Root = TypeVar("Root")
+_NAME = "NAME"
 
 
 class ConfigError(ValueError):
@@ -57,13 +58,18 @@ def config_help(root: type[Any], usage: str) -> str:
 
 
 def config_keys(root: type[Any], prefix: str = "") -> dict[str, tuple[str, str, FieldInfo]]:
-    """Every key below `root`: its dotted name, with type, default and description."""
+    """Every key below `root`: its dotted name, with type, default and description.
+
+    Sections under names that the user chooses stand once, under `NAME`.
+    """
     keys: dict[str, tuple[str, str, FieldInfo]] = {}
     hints = get_type_hints(root, include_extras=True)
     for name, info in root.__pydantic_fields__.items():
         hint = hints[name]
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             keys.update(config_keys(hint, f"{prefix}{name}."))
+        elif (section := _named_section(hint)) is not None:
+            keys.update(config_keys(section, f"{prefix}{name}.{_NAME}."))
         else:
             default = "required" if info.is_required() else yaml.safe_dump(info.default).split("\n")[0]
             keys[prefix + name] = (_type_name(hint), default, info)
@@ -139,6 +145,7 @@ def _explain(error: Mapping[str, Any], known: Mapping[str, Any]) -> str:
     """One pydantic error as a sentence about a dotted key."""
     # A union's branches stand in the location too; a key's own name never holds their characters.
     parts = [str(part) for part in error["loc"]]
+    known = {_with_names(name.split("."), parts): value for name, value in known.items()}
     key = ".".join(parts)
     while key not in known and len(parts) > 1 and error["type"] not in ("unexpected_keyword_argument", "missing"):
         parts.pop()
@@ -151,6 +158,21 @@ def _explain(error: Mapping[str, Any], known: Mapping[str, Any]) -> str:
         return f"{key}: required"
     expected = f"; expected {known[key][0]}" if key in known else ""
     return f"{key}: {error['msg']}, got {error['input']!r}{expected}"
+
+
+def _with_names(key: list[str], parts: list[str]) -> str:
+    """The dotted key, with the names that a user chose on the way to `parts`."""
+    for at, part in enumerate(key):
+        if part == _NAME and key[:at] == parts[:at] and at < len(parts):
+            key = [*key[:at], parts[at], *key[at + 1 :]]
+    return ".".join(key)
+
+
+def _named_section(hint: Any) -> type[Any] | None:
+    """The section of a mapping from names to sections."""
+    arguments = get_args(hint)
+    found = get_origin(hint) is dict and isinstance(arguments[1], type) and dataclasses.is_dataclass(arguments[1])
+    return arguments[1] if found else None
 
 
 def _type_name(hint: Any) -> str:

@@ -11,7 +11,8 @@ from s1jax.jsonl import InputError
 def keep_settings(config: Any, free_to_change: tuple[str, ...], output: Path, beside: Path) -> None:
     """Compare with the configuration that an earlier run of `output` left in the file `beside`; leave this one there.
 
-    Raises InputError that names the top-level keys that differ, but for those in `free_to_change`.
+    Raises InputError that names the top-level keys that differ, but for those in `free_to_change`; also if the file
+    cannot be written, which is then as it was.
     """
     settings = {key: value for key, value in to_dict(config).items() if key not in free_to_change}
     if output.exists() and beside.exists():
@@ -19,5 +20,10 @@ def keep_settings(config: Any, free_to_change: tuple[str, ...], output: Path, be
         changed = [key for key in settings if before.get(key) != settings[key]]
         if changed:
             raise InputError(f"{output}: it was written with other values of {', '.join(changed)}: move it away")
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    partial = beside.with_name(beside.name + ".partial")
+    try:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        partial.replace(beside)
+    except OSError as error:
+        raise InputError(f"{beside}: {error.strerror}") from None

@@ -11,11 +11,11 @@ from s1jax.jsonl import InputError, Source, describe, keep_objects, read_jsonl
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def read_source(path: str) -> Source:
+def read_source(path: str, subset: str | None = None, split: str = "train") -> Source:
     """Read all rows of a .jsonl, .json (a list of objects) or .parquet file, a directory, or a hub data set.
 
     A directory and a hub id ("owner/name", where no such file exists) go through `datasets.load_dataset`
-    and give their `train` split. Lines of white space alone are no rows.
+    and give this split of this subset; to a file both mean nothing. Lines of white space alone are no rows.
 
     Raises:
         InputError: if there is no such file, it is of another kind, unreadable as a whole, or has no rows.
@@ -28,7 +28,7 @@ def read_source(path: str) -> Source:
             raise InputError(f"{path}: cannot read a '{file.suffix}' file, expected one of {', '.join(readers)}")
         source = readers[file.suffix](file)
     elif file.is_dir() or (HUB_ID.fullmatch(path) and file.suffix not in readers):
-        source = _read_with_datasets(path)
+        source = _read_with_datasets(path, subset, split)
     else:
         raise InputError(f"{path}: no such file, and not the id of a hub data set (owner/name)")
     if not source.rows and not source.problems:
@@ -55,15 +55,15 @@ def _read_parquet(file: Path) -> Source:
     return keep_objects(str(file), "row", list(enumerate(values, start=1)))
 
 
-def _read_with_datasets(path: str) -> Source:
+def _read_with_datasets(path: str, subset: str | None, split: str) -> Source:
     # Imported here: it takes a second, and most runs read a file.
     import datasets
 
     try:
-        values = datasets.load_dataset(path, split="train")
+        values = datasets.load_dataset(path, subset, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = error.__cause__ or error
         raise InputError(
-            f"{path}: no file of that name, and `datasets` cannot load it with a train split: {reason}"
+            f"{path}: no file of that name, and `datasets` cannot load it with a {split} split: {reason}"
         ) from error
     return keep_objects(path, "row", list(enumerate(values, start=1)))

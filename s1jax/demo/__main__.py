@@ -45,7 +45,7 @@ def main(output: Path, seed: int = 0) -> None:
     output.mkdir(parents=True, exist_ok=True)
     train, test = write_data(output, seed=seed, num_train=NUM_TRAIN, num_test=NUM_TEST)
     if not (output / "start").exists():
-        _write_untrained_model(output, train, seed)
+        write_untrained_model(output, train, seed)
     _run(
         "train.py",
         f"{_ROOT}/configs/sft/demo.yaml",
@@ -96,7 +96,8 @@ def table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _write_untrained_model(output: Path, train: Path, seed: int) -> None:
+def write_untrained_model(output: Path, train: Path, seed: int) -> None:
+    """Write output/start: a tokenizer made from the s1K rows in the file `train`, and random weights."""
     with train.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line, _ in zip(file, range(_TOKENIZER_ROWS), strict=False)]
     corpus = [
