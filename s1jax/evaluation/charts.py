@@ -22,7 +22,8 @@ def accuracy_chart(task: str, figures: dict[str, Any]) -> Figure:
     # Linear below one token, so that a run without thinking has a place.
     axes.set_xscale("symlog", base=2, linthresh=1)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlim(left=-0.3)
+    most = max(run["thinking_tokens"] for run in figures["runs"].values())
+    axes.set_xlim(-0.3, 1.3 * max(most, 1))
     axes.set(xlabel="average thinking tokens", ylabel="accuracy (%)", title=task)
     axes.legend(frameon=False)
     return figure
