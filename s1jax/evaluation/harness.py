@@ -144,7 +144,7 @@ class S1jaxLM(TemplateLM):
             pairs += own
             counts.append(len(own))
         scores = iter(score for score, _ in self._loglikelihood_tokens(pairs))
-        totals = [sum(next(scores) for _ in range(count)) for count in counts]
+        totals = [sum((next(scores) for _ in range(count)), start=0.0) for count in counts]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
