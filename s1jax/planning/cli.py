@@ -16,7 +16,8 @@ from s1jax.planning.training import TrainingPlan, plan_run, resolve_architecture
 
 DOES_NOT_FIT = 3
 """Exit status of a plan that was made, and says no."""
-_SEARCHED_REMAT: tuple[Remat, ...] = ("dots", "heads", "gate", "full")
+_SEARCHED_REMAT: tuple[Remat, ...] = ("full", "gate", "heads", "dots")
+"""From the policy that needs least memory to the one that needs most."""
 _BLOCK_EIGHTHS = (8, 6, 4, 3, 2, 1)
 """Of `data.block_size`, the shares that a search tries in turn."""
 
@@ -49,6 +50,7 @@ def _search(
 ) -> list[TrainingPlan]:
     """Plans for remat policies, accumulations and meshes: those that fit first, the fastest first.
 
+    Where a policy does not fit, those that need more are not tried: a compilation for TPU takes minutes.
     All are tried with `data.block_size`; only if none fits, with three quarters of it, a half, and so on.
     """
     for numerator in _BLOCK_EIGHTHS:
@@ -68,18 +70,21 @@ def _plans_at(
 ) -> list[TrainingPlan]:
     plans = []
     tensors = [tensor for tensor in (1, 2, 4, 8) if target.devices_per_host % tensor == 0]
-    for tensor, remat, accumulation in product(tensors, _SEARCHED_REMAT, (1, 2)):
-        variant = replace(
-            config,
-            model=replace(config.model, remat=remat, remat_by_length=None),
-            mesh=replace(config.mesh, data=1, fsdp=-1, tensor=tensor),
-            training=replace(config.training, gradient_accumulation_steps=accumulation),
-        )
-        name = f"block_size {config.data.block_size}, tensor {tensor}, remat {remat}, accumulation {accumulation}"
-        try:
-            plans.append(plan_run(variant, target, devices, architecture, largest_only=True))
-        except ValueError as error:
-            print(f"{name}: {error}", flush=True)
-        else:
+    for tensor, accumulation in product(tensors, (1, 2)):
+        for remat in _SEARCHED_REMAT:
+            variant = replace(
+                config,
+                model=replace(config.model, remat=remat, remat_by_length=None),
+                mesh=replace(config.mesh, data=1, fsdp=-1, tensor=tensor),
+                training=replace(config.training, gradient_accumulation_steps=accumulation),
+            )
+            name = f"block_size {config.data.block_size}, tensor {tensor}, remat {remat}, accumulation {accumulation}"
+            try:
+                plans.append(plan_run(variant, target, devices, architecture, largest_only=True))
+            except ValueError as error:
+                print(f"{name}: {error}", flush=True)
+                break
             print(f"{name}: {plans[-1].peak_bytes / GIB:.1f} GiB, {plans[-1].seconds / 60:.1f} min", flush=True)
+            if not plans[-1].fits:
+                break
     return plans
