@@ -19,7 +19,7 @@ _COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "col
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.$-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.$-]+) = (.*)$")
-_SHAPE = re.compile(r"\b([a-z]+[0-9a-z]*)\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b([a-z]+[0-9a-z]*)\[([\d,]*)\](?:\{[^}]*?(S\(\d+\))?\})?")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=\{?%?([\w.$-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
@@ -36,6 +36,8 @@ class Shape(NamedTuple):
 
     dtype: str
     dimensions: tuple[int, ...]
+    on_chip: bool = False
+    """In a memory of the compute unit itself, such as a TPU's VMEM, and not in the device's main memory."""
 
     @property
     def num_bytes(self) -> int:
@@ -71,6 +73,11 @@ class Instruction:
     def num_bytes(self) -> int:
         """Bytes of the result."""
         return sum(shape.num_bytes for shape in self.shapes)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the result that lie in the device's main memory."""
+        return sum(shape.num_bytes for shape in self.shapes if not shape.on_chip)
 
 
 Computation = dict[str, Instruction]
@@ -223,7 +230,7 @@ def _parse(name: str, definition: str, *, is_root: bool) -> Instruction:
     result, rest = definition[:start], definition[start:].lstrip()
     opcode, _, arguments = rest.partition("(")
     operands = re.findall(r"%([\w.$-]+)", _balanced(arguments))
-    shapes = tuple(Shape(dtype, _dimensions(text)) for dtype, text in _SHAPE.findall(result))
+    shapes = tuple(Shape(dtype, _dimensions(text), bool(space)) for dtype, text, space in _SHAPE.findall(result))
     return Instruction(name, shapes, opcode.strip(), tuple(operands), rest, is_root)
 
 

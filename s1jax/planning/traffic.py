@@ -2,6 +2,7 @@
 
 Every operation reads its operands and writes its result once, however often it uses them; what is fused stays inside.
 Of an array that a fusion only takes slices from, the slices count; of one that it updates in place, the update.
+What lies in a memory on the chip is free.
 """
 
 from s1jax.planning.hlo import Computation, Instruction, Program
@@ -25,27 +26,31 @@ def _traffic(program: Program, instruction: Instruction, computation: Computatio
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith("-done"):
         return 0.0
+    if opcode == "copy-start":
+        # Its result is a tuple of target, source and a flag; copies into VMEM are what a TPU prefetches weights by.
+        target = instruction.shapes[0]
+        return float(_operand_bytes(instruction, computation, 0) + (0 if target.on_chip else target.num_bytes))
     if opcode in _SLICES:
-        return 2.0 * instruction.num_bytes
+        return float(min(instruction.num_bytes, _operand_bytes(instruction, computation, 0)) + instruction.memory_bytes)
     if opcode in _UPDATES:
         return 2.0 * _operand_bytes(instruction, computation, _UPDATES[opcode])
     if opcode == "broadcast":
-        return float(instruction.num_bytes)
+        return float(instruction.memory_bytes)
     if opcode in ("fusion", "async-start"):
         return _fusion_traffic(program, instruction, computation)
     reads = sum(_operand_bytes(instruction, computation, i) for i in range(len(instruction.operands)))
-    return float(reads + instruction.num_bytes)
+    return float(reads + instruction.memory_bytes)
 
 
 def _operand_bytes(instruction: Instruction, computation: Computation, index: int) -> int:
     operand = computation.get(instruction.operands[index])
-    return operand.num_bytes if operand else 0
+    return operand.memory_bytes if operand else 0
 
 
 def _fusion_traffic(program: Program, instruction: Instruction, computation: Computation) -> float:
     inner = program.called_by(instruction)
     if inner is None:
-        return float(instruction.num_bytes)
+        return float(instruction.memory_bytes)
     users: dict[str, list[Instruction]] = {}
     for inside in inner.values():
         for operand in inside.operands:
@@ -53,7 +58,7 @@ def _fusion_traffic(program: Program, instruction: Instruction, computation: Com
     reads = 0.0
     for inside in inner.values():
         if inside.opcode == "parameter":
-            reads += _read_of(inside, inside.num_bytes, users, inner)
+            reads += _read_of(inside, inside.memory_bytes, users, inner)
     return reads + _written(instruction, inner)
 
 
@@ -77,7 +82,7 @@ def _written(instruction: Instruction, inner: Computation) -> float:
     roots = [inside for inside in inner.values() if inside.is_root]
     if roots and roots[0].opcode == "tuple":
         roots = [inner[name] for name in roots[0].operands if name in inner]
-    return float(sum(_updated_bytes(root, inner) for root in roots) if roots else instruction.num_bytes)
+    return float(sum(_updated_bytes(root, inner) for root in roots) if roots else instruction.memory_bytes)
 
 
 def _updated_bytes(root: Instruction, inner: Computation) -> int:
@@ -85,4 +90,4 @@ def _updated_bytes(root: Instruction, inner: Computation) -> int:
         root = inner[root.operands[0]]
     if root.opcode in _UPDATES:
         return _operand_bytes(root, inner, _UPDATES[root.opcode])
-    return root.num_bytes
+    return root.memory_bytes

@@ -99,6 +99,22 @@ def test_traffic_counts_each_operand_once_and_of_stacked_weights_the_slice() -> 
     assert 5 * layer <= scanned <= 5 * 3.2 * layer
 
 
+def test_traffic_leaves_out_what_lies_on_the_chip() -> None:
+    """A weight that a TPU copies into its own memory (S(1)) before the product is read from the main memory once."""
+    text = """
+HloModule prefetched
+
+ENTRY %main (x: f32[8,256], w: f32[256,512]) -> f32[8,512] {
+  %x = f32[8,256]{1,0:T(8,128)} parameter(0)
+  %w = f32[256,512]{1,0:T(8,128)} parameter(1)
+  %start = (f32[256,512]{1,0:T(8,128)S(1)}, f32[256,512]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%w)
+  %near = f32[256,512]{1,0:T(8,128)S(1)} copy-done(%start)
+  ROOT %y = f32[8,512]{1,0:T(8,128)} dot(%x, %near), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+    assert memory_traffic(Program(text)) == 4 * (256 * 512 + 8 * 256 + 8 * 512)
+
+
 def test_a_small_run_has_the_planned_memory_and_arithmetic() -> None:
     """What a plan says of parameters, moments and arithmetic, against the arrays and the jaxpr of a real step."""
     mesh = make_mesh(1, 8, 2)
