@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from s1jax.config import MeshSection
@@ -62,9 +63,13 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
             f"mesh {shape} (data x fsdp x tensor) does not match the {len(devices)} devices: "
             "set mesh.data, mesh.fsdp and mesh.tensor so that they multiply to that number"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
-    )
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    try:
+        return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=axis_types, devices=devices)
+    except NotImplementedError:
+        # A TPU slice with no side of such a length (tensor 2 on 8x8): its sides are shared among the axes.
+        arranged = mesh_utils.create_device_mesh(tuple(sizes.values()), list(devices), allow_split_physical_axes=True)
+        return Mesh(arranged, MESH_AXES, axis_types=axis_types)
 
 
 def start_distributed(section: MeshSection) -> None:
@@ -88,6 +93,12 @@ def _under_a_launcher() -> bool:
     on_tpu = importlib.util.find_spec("libtpu") is not None and any(Path("/dev").glob("accel*"))
     tpu_hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
     return any(int(n) > 1 for n in tasks) or len(tpu_hosts) > 1 or on_tpu
+
+
+def platform() -> str:
+    """The platform compiled for: that of the mesh in use, which need not be that of this machine."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return device.platform if device is not None and device.platform else jax.default_backend()
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from s1jax.mesh import LOGICAL_AXES
+from s1jax.mesh import LOGICAL_AXES, platform
 
 Implementation = Literal["auto", "plain", "chunked", "cudnn", "triton", "splash"]
 Heads = Float[Array, "batch length heads head_dim"]
@@ -72,18 +72,12 @@ def cached_attention(
 def _choose(query: Heads, segment_ids: Array | None) -> Literal["plain", "chunked", "cudnn", "triton", "splash"]:
     length = query.shape[1]
     if length % 128 == 0:
-        platform = _platform()
-        if platform == "tpu":
+        on = platform()
+        if on == "tpu":
             return "splash"
-        if platform in ("gpu", "cuda") and query.dtype != jnp.float32:
+        if on in ("gpu", "cuda") and query.dtype != jnp.float32:
             return "cudnn" if segment_ids is None else "triton"
     return "plain" if length <= _SHORT else "chunked"
-
-
-def _platform() -> str:
-    """The platform compiled for: that of the mesh in use, which need not be that of this machine."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return device.platform if device is not None and device.platform else jax.default_backend()
 
 
 def _repeat_for_tensor_axis(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from s1jax.mesh import Axes, constrain, named_sharding
 from s1jax.model.attention import CachedHeads, Implementation, KeyValueHeads, attention, cached_attention
 from s1jax.model.config import QwenConfig
+from s1jax.model.projection import project
 from s1jax.model.rope import rope_frequencies, rope_rotations, rotate
 
 Params = dict[str, Any]
@@ -109,9 +110,9 @@ class Attention(nnx.Module):
         """Attend; with a cache, one token for each row over what it holds, or several that begin an empty one."""
         # Gathered along the sequence once for all three projections, whose heads are then where attention wants them.
         x = constrain(x, "batch", "length", None)
-        query = jnp.einsum("ble,ehd->blhd", x, self.query[...].astype(x.dtype))
-        key = jnp.einsum("ble,ekd->blkd", x, self.key[...].astype(x.dtype))
-        value = jnp.einsum("ble,ekd->blkd", x, self.value[...].astype(x.dtype))
+        query = project("ble,ehd->blhd", x, self.query[...])
+        key = project("ble,ekd->blkd", x, self.key[...])
+        value = project("ble,ekd->blkd", x, self.value[...])
         if self.config.attention_bias:
             query += self.query_bias[...].astype(x.dtype)
             key += self.key_bias[...].astype(x.dtype)
@@ -127,7 +128,7 @@ class Attention(nnx.Module):
             context = cached_attention(query[:, 0], *cache, inputs.positions[:, 0])[:, None]
         else:
             context = attention(query, key, value, segment_ids=inputs.segment_ids, implementation=self.implementation)
-        return jnp.einsum("blhd,hde->ble", context, self.output[...].astype(x.dtype)), cache
+        return project("blhd,hde->ble", context, self.output[...]), cache
 
 
 def _write(
@@ -155,10 +156,10 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Hidden) -> Hidden:
         """Apply the block to each token."""
-        gate = checkpoint_name(jnp.einsum("ble,ef->blf", x, self.gate[...].astype(x.dtype)), "gate")
-        up = jnp.einsum("ble,ef->blf", x, self.up[...].astype(x.dtype))
+        gate = checkpoint_name(project("ble,ef->blf", x, self.gate[...]), "gate")
+        up = project("ble,ef->blf", x, self.up[...])
         inner = constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
-        return jnp.einsum("blf,fe->ble", inner, self.down[...].astype(x.dtype))
+        return project("blf,fe->ble", inner, self.down[...])
 
 
 class _Inputs(NamedTuple):
