@@ -1,0 +1,104 @@
+"""This project as a contender: `s1jax.generate`, as its users call it."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import s1jax
+from benchmarks.throughput.contenders.protocol import serve
+from s1jax.compilation_cache import keep_compilations
+from s1jax.config import ModelSection, OptimizerSection
+from s1jax.data.examples import Example
+from s1jax.data.loader import StepLoader
+from s1jax.decoding.profiles import DelimiterProfile
+from s1jax.mesh import make_mesh
+from s1jax.model.config import QwenConfig
+from s1jax.model.hf import load_params
+from s1jax.model.qwen import Qwen
+from s1jax.training.step import batch_sharding, compile_step, init_state
+
+_UNENDING = DelimiterProfile(name="unending", eos=("<|fim_pad|>",))
+"""Its answers end with a token that no model writes on its own."""
+
+
+class S1jax:
+    def load(self, model: str, dtype: str, **_: int) -> dict[str, str]:
+        """Read the model; returns the versions of what runs it."""
+        keep_compilations()
+        self._loaded = s1jax.load(ModelSection(path=model, dtype=dtype))
+        jax.block_until_ready(self._loaded.params)
+        return {name: version(name) for name in ("s1jax", "jax", "jaxlib")}
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        """Exactly `new_tokens` greedy tokens for each prompt, all prompts at once."""
+        budget = s1jax.ThinkingBudget(max_answer_tokens=new_tokens)
+        results = s1jax.generate(self._loaded, prompts, budget, profile=_UNENDING, batch_size=len(prompts))
+        return [result.output_ids for result in results]
+
+    def force(
+        self, prompts: list[list[int]], batch_size: int, thinking: int, waits: int, answer: int, **_: list[int]
+    ) -> list[int]:
+        """Generate under a thinking budget with waits, inside the graph; returns each row's number of new tokens."""
+        budget = s1jax.ThinkingBudget(thinking, num_ignore=waits, max_answer_tokens=answer)
+        results = s1jax.generate(self._loaded, prompts, budget, batch_size=batch_size)
+        return [len(result.output_ids) for result in results]
+
+    def read(self) -> float:
+        """Add up every weight, which reads what a decode step of one row reads; returns the number of bytes."""
+        weights = jax.tree.leaves(self._loaded.params)
+        jax.block_until_ready(_total(weights))
+        return float(sum(weight.nbytes for weight in weights))
+
+    def load_for_training(self, model: str, dtype: str, **_: int) -> dict[str, str]:
+        """Read the model and make an optimiser's state beside it; returns the versions of what runs it."""
+        keep_compilations()
+        self._mesh = make_mesh()
+        qwen = Qwen(QwenConfig.from_directory(Path(model)), dtype=jnp.dtype(dtype))
+        with jax.set_mesh(self._mesh):
+            params = load_params(Path(model), qwen, self._mesh)
+            self._state = init_state(qwen, OptimizerSection(), self._mesh, params)
+            self._step = compile_step(qwen, OptimizerSection(), 1000, self._mesh)
+        return {name: version(name) for name in ("s1jax", "jax", "jaxlib")}
+
+    def train(self, examples: list[list[int]], batch_size: int, **_: int) -> float:
+        """One pass of packed optimiser steps over the examples; returns the last loss."""
+        loader = StepLoader(
+            [Example(np.array(ids, np.int32), np.ones(len(ids), bool)) for ids in examples],
+            batch_size=batch_size,
+            num_epochs=1,
+            shuffle=False,
+            seed=0,
+            packing=True,
+            loss_average="sample",
+            max_row_length=max(map(len, examples)),
+            num_microbatches=1,
+            num_shards=1,
+            row_shard=(0, 1),
+            pad_id=0,
+        )
+        with jax.set_mesh(self._mesh):
+            for batch in loader:
+                self._state, metrics = self._step(self._state, jax.device_put(batch, batch_sharding(self._mesh)))
+            return float(metrics.loss)
+
+
+@jax.jit
+def _total(weights: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.sum(weight, dtype=jnp.float32) for weight in weights]
+
+
+if __name__ == "__main__":
+    contender = S1jax()
+    serve(
+        {
+            "load": contender.load,
+            "generate": contender.generate,
+            "force": contender.force,
+            "read": contender.read,
+            "load_for_training": contender.load_for_training,
+            "train": contender.train,
+        }
+    )
