@@ -6,6 +6,7 @@ used.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
@@ -180,10 +181,12 @@ class ProfileIds:
     """Ids that the tokenizer has; the others, padding rows of the model's vocabulary, are never emitted."""
 
 
+@lru_cache(maxsize=16)
 def tokenize_profile(profile: DelimiterProfile, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> ProfileIds:
     """Tokenise each delimiter once.
 
-    `vocab_size` is the model's (the length of its logits), which may be larger than the tokenizer's.
+    `vocab_size` is the model's (the length of its logits), which may be larger than the tokenizer's. The result is
+    kept, since looking at every id takes most of a second; so tokens are added to a tokenizer before.
     Raises ValueError when the tokenizer has ids that the model has not, or, with every problem, when an end token or
     eos is not exactly one id, or a text has pieces that the tokenizer does not know.
     """

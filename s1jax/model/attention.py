@@ -130,12 +130,21 @@ def _softmax_attention(
     mask: Bool[Array, "batch queries length"],
 ) -> Float[Array, "batch queries heads head_dim"]:
     batch, length, heads, head_dim = query.shape
-    grouped = query.reshape(batch, length, key.shape[2], -1, head_dim)
-    scores = jnp.einsum("blkgd,bskd->bkgls", grouped, key, preferred_element_type=jnp.float32)
+    kv_heads = key.shape[2]
+    # One matrix for each row and key/value head, the queries of its group one below the other: a CPU's library takes
+    # products of that form only, and is twice as fast as XLA's own.
+    grouped = (query * head_dim**-0.5).reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    stacked = grouped.reshape(batch, kv_heads, -1, head_dim)
+    scores = jnp.einsum("bkqd,bkds->bkqs", stacked, key.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
+    scores = scores.reshape(*grouped.shape[:4], -1)
     # A finite mask value, so that a row with no key to see (chunk padding) is not a NaN in the backward pass.
-    scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgls,bskd->blkgd", weights, value).reshape(batch, length, heads, head_dim)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    weights = weights.astype(value.dtype).reshape(*stacked.shape[:3], -1)
+    total = jnp.sum(weights, axis=-1, keepdims=True, dtype=jnp.float32)
+    context = jnp.einsum("bkqs,bksd->bkqd", weights, value.swapaxes(1, 2), preferred_element_type=jnp.float32)
+    context = (context / total).astype(query.dtype).reshape(grouped.shape)
+    return context.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
 def _sharded(
