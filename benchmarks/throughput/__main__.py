@@ -5,7 +5,7 @@
 
 Suites: decode, forced, small, training, start, or all. The contenders (this project, transformers on torch, and vLLM's
 CPU build where the interpreter of its environment is given) are processes that take turns in one run; each case ends
-with a line, and each suite with DIRECTORY/SUITE.json. `report` makes the tables and the chart of what is there.
+with a line and in DIRECTORY/SUITE.json. `report` makes the tables and the chart of what is there.
 """
 
 import argparse
@@ -40,13 +40,14 @@ def main() -> None:
         comparisons = []
         for comparison in SUITES[name](arena):
             print(describe(comparison), flush=True)
-            comparisons.append(comparison)
-        content = {
-            "command": "python -m benchmarks.throughput " + " ".join(sys.argv[1:]),
-            "threads": THREADS,
-            "comparisons": [asdict(comparison) for comparison in comparisons],
-        }
-        (words.output / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            comparisons.append(asdict(comparison))
+            # After each case: the next may take minutes, and this one's figures are not to be lost.
+            content = {
+                "command": "python -m benchmarks.throughput " + " ".join(sys.argv[1:]),
+                "threads": THREADS,
+                "comparisons": comparisons,
+            }
+            (words.output / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,11 @@ class Answer:
 
 
 class Contender:
-    """A process of `benchmarks.throughput.contenders`."""
+    """A process of `benchmarks.throughput.contenders`.
+
+    Between its actions it is stopped with all its children: vLLM's wait for work in a busy loop, which slowed the
+    others to half.
+    """
 
     def __init__(self, name: str, python: str):
         self.name = name
@@ -45,11 +49,13 @@ class Contender:
         """Take one action. Raises RuntimeError if the contender is gone."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        os.killpg(self._process.pid, signal.SIGCONT)
         self._process.stdin.write(json.dumps({"action": action, **arguments}) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.name} ended with status {self._process.wait()} in {action}")
+        os.killpg(self._process.pid, signal.SIGSTOP)
         return Answer(**json.loads(line))
 
     def end(self) -> None:
