@@ -3,13 +3,15 @@
     python -m benchmarks.throughput SUITE MODEL_DIR --questions GSM8K.jsonl --vllm-python PYTHON --output DIRECTORY
     python -m benchmarks.throughput report DIRECTORY docs/benchmarks.md
 
-Suites: decode, forced, small, training, start, or all. The contenders (this project, transformers on torch, and vLLM's
-CPU build where the interpreter of its environment is given) are processes that take turns in one run; each case ends
-with a line and in DIRECTORY/SUITE.json. `report` makes the tables and the chart of what is there.
+Suites: decode-float32, decode-bfloat16, forced, small, training, start, or all. The contenders (this project,
+transformers on torch, and vLLM's CPU build where the interpreter of its environment is given) are processes that take
+turns in one run; each case ends with a line and in DIRECTORY/SUITE.json. `report` makes the tables and the chart of
+what is there.
 """
 
 import argparse
 import json
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +36,8 @@ def main() -> None:
     pythons = {OURS: sys.executable, "transformers": sys.executable}
     if words.vllm_python:
         pythons["vllm"] = words.vllm_python
+    # So that a run that is ended ends its contenders too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     arena = Arena(words.model.resolve(), words.questions, pythons, words.rounds)
     words.output.mkdir(parents=True, exist_ok=True)
     for name in SUITES if words.suite == "all" else [words.suite]:

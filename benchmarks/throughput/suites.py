@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +69,15 @@ def _turns(players: list[Contender], measure: Callable[[Contender], float], roun
     return take_turns(by_name, lambda name: measure(by_name[name]), rounds)
 
 
-def decode(arena: Arena) -> Iterator[Comparison]:
+def decode(dtype: str, goals: dict[int, float], arena: Arena) -> Iterator[Comparison]:
     """Seconds of one greedy decode step, prefill taken off, and at batch 1 those of reading the weights."""
-    goals = {"float32": {1: 1.1, 8: 1.5, 32: 1.5}, "bfloat16": {1: 1.0, 8: 1.0, 32: 1.2}}
     tokenizer = AutoTokenizer.from_pretrained(arena.model)
     ids = tokenizer(" ".join(arena.texts(100))).input_ids
-    for dtype, batches in goals.items():
-        with contenders(arena.pythons) as players:
-            versions = {player.name: _load(player, arena.model, dtype) for player in players}
-            for batch, goal in batches.items():
-                prompts = [ids[row * _PROMPT : (row + 1) * _PROMPT] for row in range(batch)]
-                yield _decode_steps(players, prompts, arena.rounds, f"{dtype}, batch {batch}", goal, versions)
+    with contenders(arena.pythons) as players:
+        versions = {player.name: _load(player, arena.model, dtype) for player in players}
+        for batch, goal in goals.items():
+            prompts = [ids[row * _PROMPT : (row + 1) * _PROMPT] for row in range(batch)]
+            yield _decode_steps(players, prompts, arena.rounds, f"{dtype}, batch {batch}", goal, versions)
 
 
 def _decode_steps(
@@ -234,7 +233,8 @@ def _small_model(directory: Path, arena: Arena) -> Path:
 
 
 SUITES: dict[str, Callable[[Arena], Iterator[Comparison]]] = {
-    "decode": decode,
+    "decode-float32": partial(decode, "float32", {1: 1.1, 8: 1.5, 32: 1.5}),
+    "decode-bfloat16": partial(decode, "bfloat16", {1: 1.0, 8: 1.0, 32: 1.2}),
     "forced": forced,
     "small": small,
     "training": training,
