@@ -1,7 +1,7 @@
 """How each parameter is called and laid out in a Hugging Face checkpoint: the one table for reading and writing.
 
 A Hugging Face tensor, its merged dimensions split, is one of our arrays with the dimensions in another order: a
-projection that they store as (heads * head_dim, hidden) is (hidden, heads, head_dim) here.
+projection that they store as (heads * head_dim, hidden) is (hidden, heads, head_dim) here where layers are stacked.
 """
 
 from dataclasses import dataclass, replace
@@ -57,9 +57,6 @@ class TensorLayout:
         return np.ascontiguousarray(array.transpose(order).reshape(self.hf_shape(array.shape)))
 
 
-_INPUT_PROJECTION = ((1, 2), (0,))  # (heads * head_dim, hidden)
-_OUTPUT_PROJECTION = ((2,), (0, 1))  # (hidden, heads * head_dim)
-_TRANSPOSED = ((1,), (0,))
 _HEAD_BIAS = ((0, 1),)
 _VECTOR = ((0,),)
 _MATRIX = ((0,), (1,))
@@ -71,17 +68,22 @@ def tensor_layouts(config: QwenConfig, *, stacked: bool = True) -> list[TensorLa
     def layer(path: str, name: str, groups: tuple[tuple[int, ...], ...]) -> TensorLayout:
         return TensorLayout(("layers", *path.split(".")), f"model.layers.{{}}.{name}", groups)
 
+    # Stored as (heads * head_dim, hidden), (hidden, heads * head_dim) and (outputs, inputs).
+    if stacked:
+        to_heads, from_heads, matrix = ((1, 2), (0,)), ((2,), (0, 1)), ((1,), (0,))
+    else:
+        to_heads, from_heads, matrix = ((0, 1), (2,)), ((0,), (1, 2)), _MATRIX
     layouts = [
         TensorLayout(("embedding",), "model.embed_tokens.weight", _MATRIX),
         layer("attention_norm.scale", "input_layernorm.weight", _VECTOR),
-        layer("attention.query", "self_attn.q_proj.weight", _INPUT_PROJECTION),
-        layer("attention.key", "self_attn.k_proj.weight", _INPUT_PROJECTION),
-        layer("attention.value", "self_attn.v_proj.weight", _INPUT_PROJECTION),
-        layer("attention.output", "self_attn.o_proj.weight", _OUTPUT_PROJECTION),
+        layer("attention.query", "self_attn.q_proj.weight", to_heads),
+        layer("attention.key", "self_attn.k_proj.weight", to_heads),
+        layer("attention.value", "self_attn.v_proj.weight", to_heads),
+        layer("attention.output", "self_attn.o_proj.weight", from_heads),
         layer("mlp_norm.scale", "post_attention_layernorm.weight", _VECTOR),
-        layer("mlp.gate", "mlp.gate_proj.weight", _TRANSPOSED),
-        layer("mlp.up", "mlp.up_proj.weight", _TRANSPOSED),
-        layer("mlp.down", "mlp.down_proj.weight", _TRANSPOSED),
+        layer("mlp.gate", "mlp.gate_proj.weight", matrix),
+        layer("mlp.up", "mlp.up_proj.weight", matrix),
+        layer("mlp.down", "mlp.down_proj.weight", matrix),
         TensorLayout(("norm", "scale"), "model.norm.weight", _VECTOR),
     ]
     if config.attention_bias:

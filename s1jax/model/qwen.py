@@ -6,7 +6,7 @@ NNX modules declare the parameters (shape, initial value and logical axes in one
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -64,6 +64,16 @@ class _Weights(NamedTuple):
         value = init(self.rngs.params(), (*self.stack, *shape), self.dtype)
         return nnx.Param(value, axes=("layers",) * len(self.stack) + axes)
 
+    @property
+    def outputs_first(self) -> bool:
+        """How projections are stored: unrolled, as checkpoints do, which products of few rows read fastest."""
+        return not self.stack
+
+    def projection(self, inputs: dict[str, int], outputs: dict[str, int]) -> nnx.Param:
+        """A projection's weight, between dimensions of these names and sizes."""
+        sizes = {**outputs, **inputs} if self.outputs_first else {**inputs, **outputs}
+        return self(tuple(sizes), *sizes.values())
+
 
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation over the last dimension, in float32."""
@@ -83,25 +93,23 @@ class Attention(nnx.Module):
     """Self-attention with rotary positions and grouped key/value heads, over the tokens or over a cache."""
 
     def __init__(self, config: QwenConfig, weights: _Weights, implementation: Implementation):
-        hidden, heads, kv_heads, head_dim = (
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        self.query = weights(("embed", "heads", "head_dim"), hidden, heads, head_dim)
-        self.key = weights(("embed", "kv_heads", "head_dim"), hidden, kv_heads, head_dim)
-        self.value = weights(("embed", "kv_heads", "head_dim"), hidden, kv_heads, head_dim)
-        self.output = weights(("heads", "head_dim", "embed"), heads, head_dim, hidden)
+        embed, head_dim = {"embed": config.hidden_size}, {"head_dim": config.head_dim}
+        heads = {"heads": config.num_attention_heads, **head_dim}
+        kv_heads = {"kv_heads": config.num_key_value_heads, **head_dim}
+        self.query = weights.projection(embed, heads)
+        self.key = weights.projection(embed, kv_heads)
+        self.value = weights.projection(embed, kv_heads)
+        self.output = weights.projection(heads, embed)
         if config.attention_bias:
             zeros = nnx.initializers.zeros
-            self.query_bias = weights(("heads", "head_dim"), heads, head_dim, init=zeros)
-            self.key_bias = weights(("kv_heads", "head_dim"), kv_heads, head_dim, init=zeros)
-            self.value_bias = weights(("kv_heads", "head_dim"), kv_heads, head_dim, init=zeros)
+            self.query_bias = weights(tuple(heads), *heads.values(), init=zeros)
+            self.key_bias = weights(tuple(kv_heads), *kv_heads.values(), init=zeros)
+            self.value_bias = weights(tuple(kv_heads), *kv_heads.values(), init=zeros)
         if config.qk_norm:
-            self.query_norm = RMSNorm(head_dim, config.rms_norm_eps, weights)
-            self.key_norm = RMSNorm(head_dim, config.rms_norm_eps, weights)
+            self.query_norm = RMSNorm(config.head_dim, config.rms_norm_eps, weights)
+            self.key_norm = RMSNorm(config.head_dim, config.rms_norm_eps, weights)
         self.config = config
+        self.outputs_first = weights.outputs_first
         self.implementation: Implementation = implementation
 
     def __call__(
@@ -110,9 +118,9 @@ class Attention(nnx.Module):
         """Attend; with a cache, one token for each row over what it holds, or several that begin an empty one."""
         # Gathered along the sequence once for all three projections, whose heads are then where attention wants them.
         x = constrain(x, "batch", "length", None)
-        query = project("ble,ehd->blhd", x, self.query[...])
-        key = project("ble,ekd->blkd", x, self.key[...])
-        value = project("ble,ekd->blkd", x, self.value[...])
+        query, key, value = (
+            project(x, weight[...], outputs_first=self.outputs_first) for weight in (self.query, self.key, self.value)
+        )
         if self.config.attention_bias:
             query += self.query_bias[...].astype(x.dtype)
             key += self.key_bias[...].astype(x.dtype)
@@ -128,7 +136,7 @@ class Attention(nnx.Module):
             context = cached_attention(query[:, 0], *cache, inputs.positions[:, 0])[:, None]
         else:
             context = attention(query, key, value, segment_ids=inputs.segment_ids, implementation=self.implementation)
-        return project("blhd,hde->ble", context, self.output[...]), cache
+        return project(context, self.output[...], inputs=2, outputs_first=self.outputs_first), cache
 
 
 def _write(
@@ -150,16 +158,18 @@ class MLP(nnx.Module):
     """The gated feed-forward block, down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: QwenConfig, weights: _Weights):
-        self.gate = weights(("embed", "mlp"), config.hidden_size, config.intermediate_size)
-        self.up = weights(("embed", "mlp"), config.hidden_size, config.intermediate_size)
-        self.down = weights(("mlp", "embed"), config.intermediate_size, config.hidden_size)
+        embed, mlp = {"embed": config.hidden_size}, {"mlp": config.intermediate_size}
+        self.gate = weights.projection(embed, mlp)
+        self.up = weights.projection(embed, mlp)
+        self.down = weights.projection(mlp, embed)
+        self.outputs_first = weights.outputs_first
 
     def __call__(self, x: Hidden) -> Hidden:
         """Apply the block to each token."""
-        gate = checkpoint_name(project("ble,ef->blf", x, self.gate[...]), "gate")
-        up = project("ble,ef->blf", x, self.up[...])
+        gate = checkpoint_name(project(x, self.gate[...], outputs_first=self.outputs_first), "gate")
+        up = project(x, self.up[...], outputs_first=self.outputs_first)
         inner = constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
-        return project("blf,fe->ble", inner, self.down[...])
+        return project(inner, self.down[...], outputs_first=self.outputs_first)
 
 
 class _Inputs(NamedTuple):
@@ -341,11 +351,17 @@ class Qwen:
 
     def logits(self, params: Params, hidden: Float[Array, "*rows hidden"]) -> Float[Array, "*rows vocab"]:
         """Scores of the next token, in float32."""
-        head = params[self.head_name].astype(self.dtype)
-        return jnp.einsum("...e,ve->...v", hidden, head, preferred_element_type=jnp.float32)
+        return project(hidden, params[self.head_name], outputs_first=True, dtype=jnp.float32)
 
     def unstack(self, params: Params) -> Params:
-        """The same parameters with one array per layer, which `hidden_states` runs unrolled."""
-        count = self.config.num_hidden_layers
-        layers = {i: jax.tree.map(lambda stack, i=i: stack[i], params["layers"]) for i in range(count)}
+        """The same parameters in the arrangement that `hidden_states` runs unrolled: arrays and axes of each layer."""
+        stacked, unrolled = self.axes()["layers"], self.axes(stacked=False)["layers"]
+
+        def take(i: int, stack: Array, axes: Axes, wanted: Axes) -> Array:
+            return stack[i].transpose([axes[1:].index(name) for name in wanted])
+
+        layers = {
+            i: jax.tree.map(partial(take, i), params["layers"], stacked, unrolled[i])
+            for i in range(self.config.num_hidden_layers)
+        }
         return {**params, "layers": layers}

@@ -12,7 +12,7 @@ from s1jax.model.flops import peak_flops, training_flops
 from s1jax.model.qwen import Qwen
 from tests.tiny import QWEN2, QWEN3
 
-LENGTH = 48
+LENGTH = 80
 
 
 def matmul_flops(jaxpr: Jaxpr) -> int:

@@ -1,29 +1,111 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from s1jax.model import cpu_kernel
 from s1jax.model.projection import project
 
-EQUATIONS = {"ble,ef->blf": (32, 48), "ble,ehd->blhd": (32, 4, 8), "blhd,hde->ble": (4, 8, 24)}
+SHAPES = {"matrix": ((32,), (48,)), "to heads": ((32,), (4, 8)), "from heads": ((4, 8), (24,))}
 
 
-@pytest.mark.parametrize("equation", EQUATIONS)
-@pytest.mark.parametrize("rows", [(1, 1), (3, 1), (2, 5)])
-def test_half_precision_products_are_those_of_float32_rounded_once(equation: str, rows: tuple[int, int]) -> None:
-    shape = EQUATIONS[equation]
-    summed = shape[:2] if equation.startswith("blhd") else shape[:1]
-    x = jax.random.normal(jax.random.key(0), (*rows, *summed)).astype(jnp.bfloat16)
-    weight = jax.random.normal(jax.random.key(1), shape).astype(jnp.bfloat16)
-    product = jax.jit(lambda x, w: project(equation, x, w))(x, weight)
-    assert product.dtype == jnp.bfloat16
-    exact = np.einsum(equation, np.asarray(x, np.float64), np.asarray(weight, np.float64))
-    np.testing.assert_allclose(np.asarray(product, np.float64), exact, rtol=2**-8, atol=1e-6)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("outputs_first", [False, True])
+@pytest.mark.parametrize("rows", [(1, 1), (3, 1), (2, 5), (5, 20)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_products_are_those_of_float64_rounded_once(
+    shape: str, outputs_first: bool, rows: tuple[int, int], dtype: type
+) -> None:
+    inputs, outputs = SHAPES[shape]
+    x = jax.random.normal(jax.random.key(0), (*rows, *inputs)).astype(dtype)
+    weight = jax.random.normal(jax.random.key(1), (*inputs, *outputs)).astype(dtype)
+    exact = np.tensordot(np.asarray(x, np.float64), np.asarray(weight, np.float64), len(inputs))
+    if outputs_first:
+        weight = jnp.moveaxis(weight, range(len(inputs)), range(-len(inputs), 0))
+    product = jax.jit(lambda x, w: project(x, w, inputs=len(inputs), outputs_first=outputs_first))(x, weight)
+    assert product.dtype == dtype
+    epsilon = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(product, np.float64), exact, rtol=epsilon, atol=max(1e-5, epsilon / 100))
 
 
-def test_no_float32_copy_of_a_weight_is_made_on_a_cpu() -> None:
-    weight = jax.ShapeDtypeStruct((256, 512), jnp.bfloat16)
-    for rows in (1, 8):
-        x = jax.ShapeDtypeStruct((rows, 1, 256), jnp.bfloat16)
-        text = jax.jit(lambda x, w: project("ble,ef->blf", x, w)).lower(x, weight).compile().as_text()
-        assert "f32[256,512]" not in text
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("outputs_first", [False, True])
+def test_no_float32_copy_of_a_weight_is_made_on_a_cpu(rows: int, outputs_first: bool) -> None:
+    weight = jax.ShapeDtypeStruct((512, 256) if outputs_first else (256, 512), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((rows, 1, 256), jnp.bfloat16)
+    compiled = jax.jit(lambda x, w: project(x, w, outputs_first=outputs_first)).lower(x, weight).compile()
+    assert "f32[256,512]" not in compiled.as_text()
+    assert "f32[512,256]" not in compiled.as_text()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(1, 64),
+    inputs=st.integers(1, 200),
+    outputs=st.integers(1, 400),
+    half=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_the_kernel_multiplies_any_shape(rows: int, inputs: int, outputs: int, half: bool, seed: int) -> None:
+    dtype = jnp.bfloat16 if half else jnp.float32
+    assert cpu_kernel.available(dtype)
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.normal(size=(rows, inputs)), dtype)
+    weight = jnp.asarray(rng.normal(size=(outputs, inputs)), dtype)
+    exact = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    np.testing.assert_allclose(cpu_kernel.multiply_few_rows(x, weight), exact, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_kernel_has_the_gradients_of_a_product(dtype: type) -> None:
+    x = jax.random.normal(jax.random.key(0), (5, 24)).astype(dtype)
+    weight = jax.random.normal(jax.random.key(1), (40, 24)).astype(dtype)
+
+    def loss(multiply):
+        return lambda x, w: jnp.sum(jnp.sin(multiply(x, w)))
+
+    ours = jax.grad(loss(cpu_kernel.multiply_few_rows), argnums=(0, 1))(x, weight)
+    theirs = jax.grad(loss(lambda x, w: jnp.matmul(x, w.T, preferred_element_type=jnp.float32)), argnums=(0, 1))
+    for our, their in zip(ours, theirs(x, weight), strict=True):
+        assert our.dtype == dtype
+        np.testing.assert_allclose(
+            our.astype(jnp.float32), their.astype(jnp.float32), rtol=0.02 if dtype == jnp.bfloat16 else 1e-5, atol=1e-4
+        )
+
+
+_PROGRAM = """
+import jax.numpy as jnp
+from s1jax.model.projection import project
+print(project(jnp.ones((2, 1, 40)), jnp.ones((3, 40)), outputs_first=True).tolist())
+"""
+
+
+def run_in(environment: dict[str, str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment}
+    return subprocess.run([sys.executable, "-c", _PROGRAM], env=env, check=True, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_working_compiler_products_are_xlas_and_a_line_says_so(compiler: str, tmp_path: Path) -> None:
+    run = run_in({"CXX": compiler}, tmp_path)
+    assert run.stdout.strip() == str([[[40.0] * 3]] * 2)
+    assert run.stderr.count("slower than it could be") == 1
+    assert compiler in run.stderr
+
+
+def test_the_kernel_is_compiled_once_and_kept(tmp_path: Path) -> None:
+    for _ in range(2):
+        run = run_in({}, tmp_path)
+        assert run.stdout.strip() == str([[[40.0] * 3]] * 2)
+        assert "slower" not in run.stderr
+        (library,) = (tmp_path / "s1jax" / "compiled").iterdir()
+        changed = library.stat().st_mtime_ns
+    assert library.suffix == ".so"
+    assert changed == library.stat().st_mtime_ns

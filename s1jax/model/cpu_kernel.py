@@ -1,0 +1,94 @@
+"""Products of a few rows with a weight, as fast as a CPU reads the weight: the kernel in cpu_kernel.cc.
+
+It is compiled for this machine when it is first needed, in a few seconds, and kept in the user's cache. Without a C++
+compiler nothing is lost but time: XLA's own products are used.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from s1jax.compilation_cache import user_cache
+
+_SOURCE = Path(__file__).with_suffix(".cc")
+_TARGET = "s1jax_multiply_few_rows"
+_FLAGS = ("-O3", "-march=native", "-std=c++17")
+
+
+@jax.custom_vjp
+def multiply_few_rows(
+    x: Float[Array, "rows inputs"], weight: Float[Array, "outputs inputs"]
+) -> Float[Array, "rows outputs"]:
+    """`x @ weight.T` in float32, of two arrays of one dtype that is `available`."""
+    shape = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32)
+    product: Array = jax.ffi.ffi_call(_TARGET, shape)(x, weight)
+    return product
+
+
+def _forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return multiply_few_rows(x, weight), (x, weight)
+
+
+def _backward(operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, weight = operands
+    return (gradient @ weight).astype(x.dtype), (gradient.T @ x).astype(weight.dtype)
+
+
+multiply_few_rows.defvjp(_forward, _backward)
+
+
+def available(dtype: DTypeLike) -> bool:
+    """Whether the kernel multiplies such arrays in this process; the first call compiles it, or says why it cannot."""
+    return dtype in (jnp.float32, jnp.bfloat16) and _register()
+
+
+@functools.cache
+def _register() -> bool:
+    named = os.environ.get("CXX", "c++")
+    compiler = shutil.which(named)
+    if compiler is None:
+        return _unavailable(f"there is no C++ compiler called {named}; CXX names another")
+    try:
+        library = ctypes.CDLL(str(_library(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+        return _unavailable(f"{compiler}: {reason.strip()[-400:]}")
+    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(library.multiply_few_rows), platform="cpu")
+    return True
+
+
+def _unavailable(reason: str) -> bool:
+    print(f"s1jax: decoding on this CPU is slower than it could be: {reason}", file=sys.stderr)
+    return False
+
+
+def _library(compiler: str) -> Path:
+    """The shared library, compiled unless one of this source, compiler and processor is there."""
+    include = jax.ffi.include_dir()
+    # What the compiler defines for this machine tells its version and the processor's instructions.
+    defined = _run(compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
+    key = hashlib.sha256(_SOURCE.read_bytes() + defined.encode() + jax.__version__.encode()).hexdigest()[:16]
+    library = user_cache() / f"cpu_kernel-{key}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as directory:
+            built = Path(directory, library.name)
+            _run(compiler, *_FLAGS, "-shared", "-fPIC", "-w", f"-I{include}", str(_SOURCE), "-o", str(built))
+            # Under its name only when it is whole: several processes may get here at once.
+            built.replace(library)
+    return library
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
