@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from s1jax.mesh import platform
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -76,9 +78,7 @@ def sample(
     logits = jnp.where(valid, logits.astype(jnp.float32), -jnp.inf)
     is_end = jnp.zeros(vocab, bool).at[end_tokens].set(True)
     if sampling.temperature == 0:
-        greedy = jnp.argmax(logits, axis=-1)
-        greedy_masked = jnp.argmax(jnp.where(is_end, -jnp.inf, logits), axis=-1)
-        return greedy.astype(jnp.int32), greedy_masked.astype(jnp.int32)
+        return _argmax(logits), _argmax(jnp.where(is_end, -jnp.inf, logits))
 
     scores = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
     ids = None
@@ -94,11 +94,22 @@ def sample(
     size = scores.shape[-1]
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (2, size), jnp.float32, mode="high"))(keys)
     both = jnp.stack([_filter(scores, sampling), _filter(jnp.where(is_end, -jnp.inf, scores), sampling)], 1)
-    drawn = jnp.argmax(both + noise, axis=-1)
+    drawn = _argmax(both + noise)
     if ids is not None:
         drawn = jnp.take_along_axis(ids, drawn, axis=-1)
-    drawn = drawn.astype(jnp.int32)
     return drawn[:, 0], drawn[:, 1]
+
+
+def _argmax(scores: Float[Array, "*rows candidates"]) -> Int[Array, "*rows"]:
+    """Index of the first of the greatest scores."""
+    if platform() != "cpu":
+        return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    # A CPU looks for an index one score at a time, but for a maximum at many: so first for the block that has it.
+    size = math.gcd(scores.shape[-1], 128)
+    blocks = scores.reshape(*scores.shape[:-1], -1, size)
+    block = jnp.argmax(blocks.max(axis=-1), axis=-1, keepdims=True)
+    inside = jnp.argmax(jnp.take_along_axis(blocks, block[..., None], axis=-2), axis=-1)
+    return (block * size + inside)[..., 0].astype(jnp.int32)
 
 
 def _filter(scores: Float[Array, "batch candidates"], sampling: Sampling) -> Float[Array, "batch candidates"]:

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from s1jax.mesh import LOGICAL_AXES, platform
+from s1jax.model import cpu_kernel
 
 Implementation = Literal["auto", "plain", "chunked", "cudnn", "triton", "splash"]
 Heads = Float[Array, "batch length heads head_dim"]
@@ -59,7 +60,11 @@ def cached_attention(
     keys, values = _repeat_for_tensor_axis(keys, 1), _repeat_for_tensor_axis(values, 1)
     head_dim = query.shape[-1]
     grouped = query.reshape(query.shape[0], keys.shape[1], -1, head_dim)
-    scores = jnp.einsum("bkgd,bksd->bkgs", grouped, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+    if cpu_kernel.available(keys.dtype):
+        scores = cpu_kernel.multiply_few_rows(grouped, keys)
+    else:
+        scores = jnp.einsum("bkgd,bksd->bkgs", grouped, keys, preferred_element_type=jnp.float32)
+    scores *= head_dim**-0.5
     seen = jnp.arange(keys.shape[2]) <= last[:, None, None, None]
     scores = jnp.where(seen, scores, -jnp.inf)
     # Divided by their sum only after the product: one pass less over the scores, which are as long as the cache.

@@ -1,8 +1,11 @@
-// Products of a few rows with a weight stored (outputs, inputs), for XLA on a CPU: y[m, n] = sum_k x[m, k] * w[n, k],
-// in float32, of float32 or bfloat16 arrays.
+// Products of a few rows with a weight stored (outputs, inputs), for XLA on a CPU with AVX-512 and its bfloat16
+// instructions: y[m, n] = sum_k x[m, k] * w[n, k] in float32, of float32 or bfloat16 arrays, each a batch of matrices or
+// one.
 //
 // With few rows the time is that of reading the weight. Every weight is read once, in the order in which it is stored,
 // and while one tile is computed the next is fetched from memory; the rows of x stay in the caches.
+
+#include <immintrin.h>
 
 #include <algorithm>
 #include <atomic>
@@ -14,30 +17,15 @@
 
 #include "xla/ffi/api/ffi.h"
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 namespace {
 
 namespace ffi = xla::ffi;
 
-// A tile of kRows x kOutputs sums, a vector of weights for each output and one of x fill the vector registers.
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kRows = 8, kOutputs = 3;
-#elif defined(__AVX__)
-constexpr int kVectorBytes = 32, kRows = 4, kOutputs = 3;
-#else
-constexpr int kVectorBytes = 16, kRows = 4, kOutputs = 3;
-#endif
+// A tile of kRows x kOutputs sums, a vector of weights for each output and one of x fill the 32 vector registers.
+constexpr int kRows = 8, kOutputs = 3;
 
 // What a thread takes at a time: a part of the weight that stays in its cache while all rows pass over it.
 constexpr int64_t kBlockBytes = 128 * 1024;
-
-constexpr int kLanes = kVectorBytes / sizeof(float);
-using Floats = float __attribute__((vector_size(kVectorBytes)));
-using Bits = uint32_t __attribute__((vector_size(kVectorBytes)));
-using HalfBits = uint16_t __attribute__((vector_size(kVectorBytes / 2)));
 
 struct BFloat16 {
   uint16_t bits;
@@ -52,57 +40,27 @@ inline float to_float(BFloat16 x) {
   return value;
 }
 
-// How `width` neighbours in memory are loaded, and their products added to a vector of sums.
+// How the neighbours in memory that fill a vector are loaded, and their products added to a vector of sums.
 template <class T>
 struct Neighbours;
 
 template <>
 struct Neighbours<float> {
-  static constexpr int width = kLanes;
-  using Loaded = Floats;
+  static constexpr int width = 16;
+  using Loaded = __m512;
 
-  static Loaded load(const float* at) {
-    Floats loaded;
-    std::memcpy(&loaded, at, sizeof(loaded));
-    return loaded;
-  }
-
-  static void add_products(Floats& sums, Loaded a, Loaded b) { sums += a * b; }
+  static Loaded load(const float* at) { return _mm512_loadu_ps(at); }
+  static __m512 add_products(__m512 sums, Loaded a, Loaded b) { return _mm512_fmadd_ps(a, b, sums); }
 };
 
-#if defined(__AVX512BF16__)
 template <>
 struct Neighbours<BFloat16> {
-  static constexpr int width = 2 * kLanes;
+  static constexpr int width = 32;
   using Loaded = __m512bh;
 
   static Loaded load(const BFloat16* at) { return (__m512bh)_mm512_loadu_si512(at); }
-
-  static void add_products(Floats& sums, Loaded a, Loaded b) { sums = (Floats)_mm512_dpbf16_ps((__m512)sums, a, b); }
+  static __m512 add_products(__m512 sums, Loaded a, Loaded b) { return _mm512_dpbf16_ps(sums, a, b); }
 };
-#else
-template <>
-struct Neighbours<BFloat16> {
-  static constexpr int width = kLanes;
-  using Loaded = Floats;
-
-  static Loaded load(const BFloat16* at) {
-    HalfBits loaded;
-    std::memcpy(&loaded, at, sizeof(loaded));
-    return (Floats)(__builtin_convertvector(loaded, Bits) << 16);
-  }
-
-  static void add_products(Floats& sums, Loaded a, Loaded b) { sums += a * b; }
-};
-#endif
-
-inline float sum_of(Floats sums) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &sums, sizeof(lanes));
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
 
 template <class T>
 struct Product {
@@ -117,7 +75,7 @@ struct Product {
     using N = Neighbours<T>;
     const T* rows_of_x = x + row * inputs;
     const T* of_weight = weight + output * inputs;
-    Floats sums[Rows][Outputs] = {};
+    __m512 sums[Rows][Outputs] = {};
     int64_t k = 0;
     for (; k + N::width <= inputs; k += N::width) {
       typename N::Loaded weights[Outputs];
@@ -128,12 +86,12 @@ struct Product {
       }
       for (int r = 0; r < Rows; r++) {
         typename N::Loaded values = N::load(rows_of_x + r * inputs + k);
-        for (int o = 0; o < Outputs; o++) N::add_products(sums[r][o], values, weights[o]);
+        for (int o = 0; o < Outputs; o++) sums[r][o] = N::add_products(sums[r][o], values, weights[o]);
       }
     }
     for (int r = 0; r < Rows; r++)
       for (int o = 0; o < Outputs; o++) {
-        float sum = sum_of(sums[r][o]);
+        float sum = _mm512_reduce_add_ps(sums[r][o]);
         for (int64_t rest = k; rest < inputs; rest++)
           sum += to_float(rows_of_x[r * inputs + rest]) * to_float(of_weight[o * inputs + rest]);
         y[(row + r) * outputs + output + o] = sum;
@@ -160,20 +118,25 @@ struct Product {
   }
 };
 
-// Computes the product on this thread, and on those of the pool that are free: what is waited for is only what another
+// Computes the products on this thread, and on those of the pool that are free: what is waited for is only what another
 // thread has begun, so that a busy pool delays nothing.
 template <class T>
-void compute(ffi::ThreadPool& pool, const Product<T>& product) {
+void compute(ffi::ThreadPool& pool, int64_t batch, const Product<T>& first) {
   struct Progress {
     std::atomic<int64_t> taken{0}, done{0};
   };
   auto progress = std::make_shared<Progress>();
-  const int64_t fitting = kBlockBytes / (product.inputs * sizeof(T)) / kOutputs * kOutputs;
+  const int64_t fitting = kBlockBytes / (first.inputs * sizeof(T)) / kOutputs * kOutputs;
   const int64_t width = std::max<int64_t>(kOutputs, fitting);
-  const int64_t blocks = (product.outputs + width - 1) / width;
-  auto work = [product, progress, width, blocks] {
-    for (int64_t b; (b = progress->taken.fetch_add(1)) < blocks;) {
-      product.block(b * width, std::min(product.outputs, (b + 1) * width));
+  const int64_t blocks_of_one = (first.outputs + width - 1) / width, blocks = batch * blocks_of_one;
+  auto work = [first, progress, width, blocks_of_one, blocks] {
+    for (int64_t taken; (taken = progress->taken.fetch_add(1)) < blocks;) {
+      const int64_t i = taken / blocks_of_one, begin = taken % blocks_of_one * width;
+      Product<T> product = first;
+      product.x += i * product.rows * product.inputs;
+      product.weight += i * product.outputs * product.inputs;
+      product.y += i * product.rows * product.outputs;
+      product.block(begin, std::min(product.outputs, begin + width));
       progress->done.fetch_add(1, std::memory_order_release);
     }
   };
@@ -185,13 +148,21 @@ void compute(ffi::ThreadPool& pool, const Product<T>& product) {
 ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight,
                     ffi::Result<ffi::Buffer<ffi::F32>> y) {
   const auto x_shape = x.dimensions(), weight_shape = weight.dimensions(), y_shape = y->dimensions();
-  if (x_shape.size() != 2 || weight_shape.size() != 2 || y_shape.size() != 2 || x_shape[1] != weight_shape[1] ||
-      y_shape[0] != x_shape[0] || y_shape[1] != weight_shape[0] || x.element_type() != weight.element_type())
-    return ffi::Error::InvalidArgument("expected (rows, inputs) and (outputs, inputs) of one type");
+  const size_t rank = x_shape.size();
+  bool fit = rank >= 2 && weight_shape.size() == rank && y_shape.size() == rank &&
+             x.element_type() == weight.element_type() && x_shape[rank - 1] == weight_shape[rank - 1] &&
+             y_shape[rank - 2] == x_shape[rank - 2] && y_shape[rank - 1] == weight_shape[rank - 2];
+  int64_t batch = 1;
+  for (size_t d = 0; fit && d + 2 < rank; d++) {
+    fit = x_shape[d] == weight_shape[d] && x_shape[d] == y_shape[d];
+    batch *= x_shape[d];
+  }
+  if (!fit) return ffi::Error::InvalidArgument("expected (..., rows, inputs) and (..., outputs, inputs) of one type");
   auto run = [&](auto element) {
     using T = decltype(element);
-    compute(pool, Product<T>{static_cast<const T*>(x.untyped_data()), static_cast<const T*>(weight.untyped_data()),
-                             y->typed_data(), x_shape[0], x_shape[1], weight_shape[0]});
+    compute(pool, batch,
+            Product<T>{static_cast<const T*>(x.untyped_data()), static_cast<const T*>(weight.untyped_data()),
+                       y->typed_data(), x_shape[rank - 2], x_shape[rank - 1], weight_shape[rank - 2]});
     return ffi::Error::Success();
   };
   if (x.element_type() == ffi::F32) return run(float{});

@@ -1,7 +1,7 @@
 """Products of a few rows with a weight, as fast as a CPU reads the weight: the kernel in cpu_kernel.cc.
 
-It is compiled for this machine when it is first needed, in a few seconds, and kept in the user's cache. Without a C++
-compiler nothing is lost but time: XLA's own products are used.
+It is for processors with AVX-512 and its bfloat16 instructions. It is compiled when it is first needed, in a few
+seconds, and kept in the user's cache. On other processors, and without a C++ compiler, XLA's own products are used.
 """
 
 import ctypes
@@ -20,18 +20,19 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from s1jax.compilation_cache import user_cache
+from s1jax.mesh import platform
 
 _SOURCE = Path(__file__).with_suffix(".cc")
 _TARGET = "s1jax_multiply_few_rows"
-_FLAGS = ("-O3", "-march=native", "-std=c++17")
+_FLAGS = ("-O3", "-mavx512f", "-mavx512bf16", "-std=c++17", "-shared", "-fPIC", "-w")
 
 
 @jax.custom_vjp
 def multiply_few_rows(
-    x: Float[Array, "rows inputs"], weight: Float[Array, "outputs inputs"]
-) -> Float[Array, "rows outputs"]:
-    """`x @ weight.T` in float32, of two arrays of one dtype that is `available`."""
-    shape = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32)
+    x: Float[Array, "*batch rows inputs"], weight: Float[Array, "*batch outputs inputs"]
+) -> Float[Array, "*batch rows outputs"]:
+    """`x` times the transposed `weight` in float32, of two arrays of one dtype that is `available`."""
+    shape = jax.ShapeDtypeStruct((*x.shape[:-1], weight.shape[-2]), jnp.float32)
     product: Array = jax.ffi.ffi_call(_TARGET, shape)(x, weight)
     return product
 
@@ -42,19 +43,26 @@ def _forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _backward(operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, weight = operands
-    return (gradient @ weight).astype(x.dtype), (gradient.T @ x).astype(weight.dtype)
+    return (gradient @ weight).astype(x.dtype), (gradient.swapaxes(-1, -2) @ x).astype(weight.dtype)
 
 
 multiply_few_rows.defvjp(_forward, _backward)
 
 
 def available(dtype: DTypeLike) -> bool:
-    """Whether the kernel multiplies such arrays in this process; the first call compiles it, or says why it cannot."""
-    return dtype in (jnp.float32, jnp.bfloat16) and _register()
+    """Whether the kernel multiplies such arrays where the program will run, which must be one device.
+
+    The first call compiles it, or says why it cannot.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    whole = mesh.empty or mesh.size == 1
+    return platform() == "cpu" and whole and dtype in (jnp.float32, jnp.bfloat16) and _register()
 
 
 @functools.cache
 def _register() -> bool:
+    if not _processor_has("avx512_bf16"):
+        return False
     named = os.environ.get("CXX", "c++")
     compiler = shutil.which(named)
     if compiler is None:
@@ -68,27 +76,30 @@ def _register() -> bool:
     return True
 
 
+def _processor_has(instructions: str) -> bool:
+    """Whether Linux, where the kernel was tried, lists these instructions."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return instructions in flags.split()
+
+
 def _unavailable(reason: str) -> bool:
     print(f"s1jax: decoding on this CPU is slower than it could be: {reason}", file=sys.stderr)
     return False
 
 
 def _library(compiler: str) -> Path:
-    """The shared library, compiled unless one of this source, compiler and processor is there."""
-    include = jax.ffi.include_dir()
-    # What the compiler defines for this machine tells its version and the processor's instructions.
-    defined = _run(compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
-    key = hashlib.sha256(_SOURCE.read_bytes() + defined.encode() + jax.__version__.encode()).hexdigest()[:16]
+    """The shared library, compiled unless one of this source and this jax is there."""
+    key = hashlib.sha256(_SOURCE.read_bytes() + jax.__version__.encode()).hexdigest()[:16]
     library = user_cache() / f"cpu_kernel-{key}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as directory:
             built = Path(directory, library.name)
-            _run(compiler, *_FLAGS, "-shared", "-fPIC", "-w", f"-I{include}", str(_SOURCE), "-o", str(built))
+            command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", str(built)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
             # Under its name only when it is whole: several processes may get here at once.
             built.replace(library)
     return library
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

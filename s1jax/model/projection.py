@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from s1jax.mesh import platform
 from s1jax.model import cpu_kernel
@@ -47,7 +47,7 @@ def _project_on_cpu(x: Array, weight: Array, inputs: int, outputs_first: bool) -
     """
     leading, summed = x.shape[: x.ndim - inputs], x.shape[x.ndim - inputs :]
     rows, size = math.prod(leading), math.prod(summed)
-    if outputs_first and rows <= _FEW_ROWS and _on_one_device() and cpu_kernel.available(x.dtype):
+    if outputs_first and rows <= _FEW_ROWS and cpu_kernel.available(x.dtype):
         product = cpu_kernel.multiply_few_rows(x.reshape(rows, size), weight.reshape(-1, size))
         return product.reshape(*leading, *weight.shape[: weight.ndim - inputs])
     if rows == 1 and x.dtype != jnp.float32:
@@ -56,6 +56,27 @@ def _project_on_cpu(x: Array, weight: Array, inputs: int, outputs_first: bool) -
     return _dot(x, weight, inputs, outputs_first, jnp.float32)
 
 
-def _on_one_device() -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or mesh.size == 1
+def look_up(table: Float[Array, "entries size"], ids: Int[Array, "*ids"]) -> Float[Array, "*ids size"]:
+    """Entries of a table."""
+    if platform() != "cpu" or table.dtype.itemsize != 2:
+        return table[ids]
+    return _look_up_bits(table, ids)
+
+
+@jax.custom_vjp
+def _look_up_bits(table: Array, ids: Array) -> Array:
+    # As integers, which a CPU leaves as they are: of half-precision numbers XLA writes a float32 copy of the table.
+    bits = jax.lax.bitcast_convert_type(table, jnp.uint16)
+    return jax.lax.bitcast_convert_type(bits[ids], table.dtype)
+
+
+def _look_up_forward(table: Array, ids: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _look_up_bits(table, ids), (table, ids)
+
+
+def _look_up_backward(operands: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
+    table, ids = operands
+    return jnp.zeros_like(table).at[ids].add(gradient), None
+
+
+_look_up_bits.defvjp(_look_up_forward, _look_up_backward)

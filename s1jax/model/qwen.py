@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from s1jax.mesh import Axes, constrain, named_sharding
 from s1jax.model.attention import CachedHeads, Implementation, KeyValueHeads, attention, cached_attention
 from s1jax.model.config import QwenConfig
-from s1jax.model.projection import project
+from s1jax.model.projection import look_up, project
 from s1jax.model.rope import rope_frequencies, rope_rotations, rotate
 
 Params = dict[str, Any]
@@ -308,7 +308,7 @@ class Qwen:
             raise ValueError("a cache needs parameters that are unrolled, and has no segments")
         graphdef = nnx.split(self._abstract if stacked else self._abstract_unrolled)[0]
         decoder = nnx.merge(graphdef, params)
-        x = decoder.embedding[...].astype(self.dtype)[input_ids]
+        x = look_up(decoder.embedding[...].astype(self.dtype), input_ids)
         frequencies, magnitude = rope_frequencies(self.config)
         rotations = rope_rotations(positions, frequencies, magnitude)
         rotations = jax.tree.map(lambda r: constrain(r, "batch", "length", *[None] * (r.ndim - 2)), rotations)

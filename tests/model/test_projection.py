@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s1jax.model import cpu_kernel
-from s1jax.model.projection import project
+from s1jax.model.projection import look_up, project
 
 SHAPES = {"matrix": ((32,), (48,)), "to heads": ((32,), (4, 8)), "from heads": ((4, 8), (24,))}
 
@@ -45,24 +45,33 @@ def test_no_float32_copy_of_a_weight_is_made_on_a_cpu(rows: int, outputs_first: 
     assert "f32[512,256]" not in compiled.as_text()
 
 
+HAS_KERNEL = "avx512_bf16" in Path("/proc/cpuinfo").read_text().split()
+needs_kernel = pytest.mark.skipif(not HAS_KERNEL, reason="the kernel is for processors with AVX-512 and bfloat16")
+
+
+@needs_kernel
 @settings(deadline=None, max_examples=40)
 @given(
+    batch=st.lists(st.integers(1, 3), max_size=2),
     rows=st.integers(1, 64),
     inputs=st.integers(1, 200),
     outputs=st.integers(1, 400),
     half=st.booleans(),
     seed=st.integers(0, 9),
 )
-def test_the_kernel_multiplies_any_shape(rows: int, inputs: int, outputs: int, half: bool, seed: int) -> None:
+def test_the_kernel_multiplies_any_shape(
+    batch: list[int], rows: int, inputs: int, outputs: int, half: bool, seed: int
+) -> None:
     dtype = jnp.bfloat16 if half else jnp.float32
     assert cpu_kernel.available(dtype)
     rng = np.random.default_rng(seed)
-    x = jnp.asarray(rng.normal(size=(rows, inputs)), dtype)
-    weight = jnp.asarray(rng.normal(size=(outputs, inputs)), dtype)
-    exact = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    x = jnp.asarray(rng.normal(size=(*batch, rows, inputs)), dtype)
+    weight = jnp.asarray(rng.normal(size=(*batch, outputs, inputs)), dtype)
+    exact = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).swapaxes(-1, -2)
     np.testing.assert_allclose(cpu_kernel.multiply_few_rows(x, weight), exact, rtol=1e-5, atol=2e-5)
 
 
+@needs_kernel
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_kernel_has_the_gradients_of_a_product(dtype: type) -> None:
     x = jax.random.normal(jax.random.key(0), (5, 24)).astype(dtype)
@@ -82,7 +91,7 @@ def test_the_kernel_has_the_gradients_of_a_product(dtype: type) -> None:
 
 _PROGRAM = """
 import jax.numpy as jnp
-from s1jax.model.projection import project
+from s1jax.model.projection import look_up, project
 print(project(jnp.ones((2, 1, 40)), jnp.ones((3, 40)), outputs_first=True).tolist())
 """
 
@@ -92,6 +101,7 @@ def run_in(environment: dict[str, str], tmp_path: Path) -> subprocess.CompletedP
     return subprocess.run([sys.executable, "-c", _PROGRAM], env=env, check=True, capture_output=True, text=True)
 
 
+@needs_kernel
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_without_a_working_compiler_products_are_xlas_and_a_line_says_so(compiler: str, tmp_path: Path) -> None:
     run = run_in({"CXX": compiler}, tmp_path)
@@ -100,6 +110,7 @@ def test_without_a_working_compiler_products_are_xlas_and_a_line_says_so(compile
     assert compiler in run.stderr
 
 
+@needs_kernel
 def test_the_kernel_is_compiled_once_and_kept(tmp_path: Path) -> None:
     for _ in range(2):
         run = run_in({}, tmp_path)
@@ -109,3 +120,19 @@ def test_the_kernel_is_compiled_once_and_kept(tmp_path: Path) -> None:
         changed = library.stat().st_mtime_ns
     assert library.suffix == ".so"
     assert changed == library.stat().st_mtime_ns
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_looking_up_has_values_and_gradients_of_indexing_and_copies_no_table(dtype: type) -> None:
+    table = jax.random.normal(jax.random.key(0), (50, 8)).astype(dtype)
+    ids = jnp.array([[3, 49], [3, 0]])
+
+    def loss(look):
+        return lambda table: jnp.sum(look(table, ids).astype(jnp.float32) ** 2)
+
+    np.testing.assert_array_equal(look_up(table, ids), table[ids])
+    ours, theirs = jax.grad(loss(look_up))(table), jax.grad(loss(lambda table, ids: table[ids]))(table)
+    assert ours.dtype == dtype
+    np.testing.assert_array_equal(ours, theirs)
+    if dtype == jnp.bfloat16:
+        assert "f32[50,8]" not in jax.jit(look_up).lower(table, ids).compile().as_text()
