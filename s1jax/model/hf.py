@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ _TOKENIZER_FILES = (
 )
 _BLOCK_BYTES = 2**25
 """What is read, cast and transposed at a time."""
+_READERS = 2
+"""Threads that read: more hold more blocks in memory, and two already wait for the same memory or disk."""
 _MAX_FILE_BYTES = 5_000_000_000
 
 
@@ -75,10 +78,12 @@ def load_params(directory: Path, model: Qwen, mesh: Mesh, *, stacked: bool = Tru
     """
     files = _check(directory, model)
     abstract = model.abstract_params(mesh, stacked=stacked)
+    layouts = tensor_layouts(model.config, stacked=stacked)
     params: Params = {}
-    for layout in tensor_layouts(model.config, stacked=stacked):
-        leaf = _get(abstract, layout.path)
-        _set(params, layout.path, _read(layout, leaf, files))
+    with ThreadPoolExecutor(_READERS) as readers:
+        arrays = readers.map(lambda layout: _read(layout, _get(abstract, layout.path), files), layouts)
+        for layout, array in zip(layouts, arrays, strict=True):
+            _set(params, layout.path, array)
     return params
 
 
@@ -91,8 +96,12 @@ def _read(layout: TensorLayout, leaf: jax.ShapeDtypeStruct, files: dict[str, Pat
             stored = file.get_slice(name)
             for block, here in _blocks(layout, index, out):
                 part = stored[layout.hf_index(block, layer_shape)]
-                # Cast before transposing: converting strided bfloat16 is several times slower.
-                out[here] = layout.from_hf(part.astype(out.dtype, copy=False), out[here].shape)
+                if layout.as_stored:
+                    _cast(part, out[here].reshape(part.shape))
+                else:
+                    # Cast before transposing: converting strided bfloat16 is several times slower.
+                    cast = part if part.dtype == out.dtype else _cast(part, np.empty(part.shape, out.dtype))
+                    out[here] = layout.from_hf(cast, out[here].shape)
 
     def shard(index: Index | None) -> np.ndarray:
         index = index or ()
@@ -106,6 +115,15 @@ def _read(layout: TensorLayout, leaf: jax.ShapeDtypeStruct, files: dict[str, Pat
         return out
 
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, shard)
+
+
+def _cast(values: np.ndarray, out: np.ndarray) -> np.ndarray:
+    if values.dtype == jnp.bfloat16 and out.dtype == np.float32:
+        # A bfloat16 is the upper half of a float32; numpy's own conversion takes one number at a time.
+        np.left_shift(values.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        np.copyto(out, values, casting="unsafe")
+    return out
 
 
 def _blocks(layout: TensorLayout, index: Index, out: np.ndarray) -> Iterator[tuple[Index, Index]]:

@@ -46,6 +46,12 @@ class TensorLayout:
             cuts.append(slice(start * width, stop * width))
         return tuple(cuts)
 
+    @property
+    def as_stored(self) -> bool:
+        """Whether our dimensions are in the order in which the tensor stores them."""
+        order = [dimension for group in self.groups for dimension in group]
+        return order == sorted(order)
+
     def from_hf(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """A stored tensor (or part) as our array of this shape; a view where possible."""
         order = [dimension for group in self.groups for dimension in group]

@@ -52,16 +52,23 @@ CACHE_AXES = ("batch", "kv_heads", "slots", "head_dim")
 
 
 class _Weights(NamedTuple):
-    """How a module makes its parameters: random stream, storage dtype, spread, and the shape of the stack of layers."""
+    """How a module makes its parameters: random stream, storage dtype, spread, and the shape of the stack of layers.
 
-    rngs: nnx.Rngs
+    Without a random stream only their shapes are made.
+    """
+
+    rngs: nnx.Rngs | None
     dtype: DTypeLike
     standard_deviation: float
     stack: tuple[int, ...] = ()
 
     def __call__(self, axes: Axes, *shape: int, init: Callable[..., Array] | None = None) -> nnx.Param:
-        init = init or nnx.initializers.normal(self.standard_deviation)
-        value = init(self.rngs.params(), (*self.stack, *shape), self.dtype)
+        shape = (*self.stack, *shape)
+        if self.rngs is None:
+            value: Array | jax.ShapeDtypeStruct = jax.ShapeDtypeStruct(shape, self.dtype)
+        else:
+            init = init or nnx.initializers.normal(self.standard_deviation)
+            value = init(self.rngs.params(), shape, self.dtype)
         return nnx.Param(value, axes=("layers",) * len(self.stack) + axes)
 
     @property
@@ -199,6 +206,12 @@ class DecoderLayer(nnx.Module):
             return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "residual_length", None), cache
 
 
+@partial(jax.jit, static_argnums=0, inline=True)
+def _run_layer(graphdef: Any, state: Any, x: Hidden, inputs: _Inputs, cache: LayerCache | None) -> Any:
+    """One layer; traced once for all layers, and inlined for each."""
+    return nnx.merge(graphdef, state)(x, inputs, cache)
+
+
 class Decoder(nnx.Module):
     """Embedding, the stack of layers, final norm and output head."""
 
@@ -230,17 +243,17 @@ class Qwen:
     remat: Remat = "none"
     attention: Implementation = "auto"
 
-    def _declare(self, rngs: nnx.Rngs, stacked: bool = True) -> Decoder:
+    def _declare(self, rngs: nnx.Rngs | None, stacked: bool = True) -> Decoder:
         weights = _Weights(rngs, self.param_dtype, self.config.initializer_range)
         return Decoder(self.config, weights, self.attention, stacked)
 
     @cached_property
     def _abstract(self) -> Decoder:
-        return nnx.eval_shape(lambda: self._declare(nnx.Rngs(0)))
+        return self._declare(None)
 
     @cached_property
     def _abstract_unrolled(self) -> Decoder:
-        return nnx.eval_shape(lambda: self._declare(nnx.Rngs(0), stacked=False))
+        return self._declare(None, stacked=False)
 
     def axes(self, *, stacked: bool = True) -> Params:
         """The logical axes of every parameter: a tree like the parameters, with a tuple of names at each leaf."""
@@ -330,11 +343,8 @@ class Qwen:
         written = []
         for i, layer in enumerate(layers):
             graphdef, state = nnx.split(layer)
-
-            def run(x: Hidden, state: Any, own: LayerCache | None, graphdef: Any = graphdef) -> Any:
-                return nnx.merge(graphdef, state)(x, inputs, own)
-
-            x, own = self._rematerialised(run, scanned=False)(x, state, cache[i] if cache else None)
+            run = self._rematerialised(partial(_run_layer, graphdef), scanned=False)
+            x, own = run(state, x, inputs, cache[i] if cache else None)
             written.append(own)
         return x, tuple(written) if cache else None
 
