@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import s1jax
 from benchmarks.throughput.contenders.protocol import serve
+from s1jax import ThinkingBudget, generate, load
 from s1jax.compilation_cache import keep_compilations
 from s1jax.config import ModelSection, OptimizerSection
 from s1jax.data.examples import Example
@@ -28,22 +28,22 @@ class S1jax:
     def load(self, model: str, dtype: str, **_: int) -> dict[str, str]:
         """Read the model; returns the versions of what runs it."""
         keep_compilations()
-        self._loaded = s1jax.load(ModelSection(path=model, dtype=dtype))
+        self._loaded = load(ModelSection(path=model, dtype=dtype))
         jax.block_until_ready(self._loaded.params)
         return {name: version(name) for name in ("s1jax", "jax", "jaxlib")}
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         """Exactly `new_tokens` greedy tokens for each prompt, all prompts at once."""
-        budget = s1jax.ThinkingBudget(max_answer_tokens=new_tokens)
-        results = s1jax.generate(self._loaded, prompts, budget, profile=_UNENDING, batch_size=len(prompts))
+        budget = ThinkingBudget(max_answer_tokens=new_tokens)
+        results = generate(self._loaded, prompts, budget, profile=_UNENDING, batch_size=len(prompts))
         return [result.output_ids for result in results]
 
     def force(
         self, prompts: list[list[int]], batch_size: int, thinking: int, waits: int, answer: int, **_: list[int]
     ) -> list[int]:
         """Generate under a thinking budget with waits, inside the graph; returns each row's number of new tokens."""
-        budget = s1jax.ThinkingBudget(thinking, num_ignore=waits, max_answer_tokens=answer)
-        results = s1jax.generate(self._loaded, prompts, budget, batch_size=batch_size)
+        budget = ThinkingBudget(thinking, num_ignore=waits, max_answer_tokens=answer)
+        results = generate(self._loaded, prompts, budget, batch_size=batch_size)
         return [len(result.output_ids) for result in results]
 
     def read(self) -> float:
