@@ -20,7 +20,8 @@ from s1jax.model.config import QwenConfig
 from s1jax.model.hf import export_model
 from s1jax.model.qwen import Qwen
 
-_PROMPT, _NEW_TOKENS = 128, 33
+_PROMPT, _NEW_TOKENS = 64, 65
+"""Prompts short enough, and steps many enough, that the noise of prefill does not drown what is measured."""
 _SMALL: dict[str, Any] = {
     "model_type": "qwen2",
     "hidden_size": 384,
@@ -227,7 +228,8 @@ def _small_model(directory: Path, arena: Arena) -> Path:
     """A model of random weights, and a tokenizer made of the questions."""
     tokenizer = build_tokenizer(directory, arena.texts(200), vocab_size=512)
     model = Qwen(QwenConfig.from_hf({**_SMALL, "vocab_size": len(tokenizer)}), dtype=jnp.float32)
-    export_model(directory / "model", model, model.init(jax.random.key(0)))
+    # In bfloat16, as checkpoints are.
+    export_model(directory / "model", model, model.init(jax.random.key(0)), dtype=jnp.bfloat16)
     tokenizer.save_pretrained(directory / "model")
     return directory / "model"
 

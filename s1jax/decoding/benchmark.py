@@ -21,7 +21,7 @@ from s1jax.decoding.sampling import Sampling
 from s1jax.mesh import batch_shards, make_mesh
 from s1jax.model.config import QwenConfig
 from s1jax.model.hf import load_params, resolve_model
-from s1jax.model.load import LoadedModel, build_model
+from s1jax.model.load import LoadedModel, build_model, inference_param_dtype
 from s1jax.model.qwen import KVCache
 
 _COPIED_BYTES = 2**29
@@ -52,8 +52,9 @@ def benchmark(config: BenchmarkConfig) -> None:
     """Measure, print a table and write `benchmark.output`. Random weights are used where the directory has none."""
     directory = resolve_model(config.model.path)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    model = build_model(config.model, QwenConfig.from_directory(directory), param_dtype=config.model.dtype)
     has_weights = any(directory.glob("*.safetensors"))
+    param_dtype = inference_param_dtype(config.model, directory, mesh) if has_weights else config.model.dtype
+    model = build_model(config.model, QwenConfig.from_directory(directory), param_dtype=param_dtype)
     with jax.set_mesh(mesh):
         if has_weights:
             params = load_params(directory, model, mesh, stacked=False)
@@ -150,12 +151,16 @@ def _unending_rows(vocab_size: int, batch: int, length: int) -> tuple[Shared, Ro
 
 
 def _copy_bytes_per_second() -> float:
-    """Bytes read and written by a copy of half a GiB on each device, per second, the best of five."""
-    source = jnp.zeros(_COPIED_BYTES // 4, jnp.float32)
-    copy = jax.jit(lambda x: x + 1)
-    jax.block_until_ready(copy(source))
-    seconds = min(_seconds(lambda: jax.block_until_ready(copy(source))) for _ in range(5))
-    return 2 * _COPIED_BYTES / seconds
+    """Bytes read and written by a copy of half a GiB onto itself, per second, the best of five."""
+    copy = jax.jit(lambda x: x + 1, donate_argnums=0)
+    # In place: a CPU takes longer to find new memory than to fill it.
+    array = jax.block_until_ready(copy(jnp.zeros(_COPIED_BYTES // 4, jnp.float32)))
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        array = jax.block_until_ready(copy(array))
+        seconds.append(time.perf_counter() - started)
+    return 2 * _COPIED_BYTES / min(seconds)
 
 
 def _seconds(run: Callable[[], Any]) -> float:

@@ -61,7 +61,7 @@ def cached_attention(
     head_dim = query.shape[-1]
     grouped = query.reshape(query.shape[0], keys.shape[1], -1, head_dim)
     if cpu_kernel.available(keys.dtype):
-        scores = cpu_kernel.multiply_few_rows(grouped, keys)
+        scores = cpu_kernel.multiply(grouped.astype(jnp.float32), keys)
     else:
         scores = jnp.einsum("bkgd,bksd->bkgs", grouped, keys, preferred_element_type=jnp.float32)
     scores *= head_dim**-0.5

@@ -1,19 +1,20 @@
-// Products of a few rows with a weight stored (outputs, inputs), for XLA on a CPU with AVX-512 and its bfloat16
-// instructions: y[m, n] = sum_k x[m, k] * w[n, k] in float32, of float32 or bfloat16 arrays, each a batch of matrices or
-// one.
+// Products of float32 rows with a weight stored (outputs, inputs), for XLA on a CPU with AVX-512:
+// y[m, n] = sum_k x[m, k] * w[n, k] in float32, the weight float32 or bfloat16, each array a batch of matrices or one.
 //
-// With few rows the time is that of reading the weight. Every weight is read once, in the order in which it is stored,
-// and while one tile is computed the next is fetched from memory; the rows of x stay in the caches.
+// With few rows the time is that of reading the weight. Every weight is read from memory once, in the order in which it
+// is stored, and while one part is computed the next is fetched; the rows of x stay in the caches. A bfloat16 is the
+// upper half of a float32, so that widening is exact and costs half the reading.
 
 #include <immintrin.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <thread>
+#include <type_traits>
+#include <vector>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -24,119 +25,221 @@ namespace ffi = xla::ffi;
 // A tile of kRows x kOutputs sums, a vector of weights for each output and one of x fill the 32 vector registers.
 constexpr int kRows = 8, kOutputs = 3;
 
+// Inputs are taken 32 at a time, in two vectors: a bfloat16 vector holds as many.
+constexpr int64_t kVector = 16, kGroup = 2 * kVector, kCacheLine = 64;
+
 // What a thread takes at a time: a part of the weight that stays in its cache while all rows pass over it.
 constexpr int64_t kBlockBytes = 128 * 1024;
+
+// Of many rows, so many inputs at a time: then those of a tile of x stay in the nearest cache.
+constexpr int64_t kInputsAtOnce = 896;
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How a group of neighbours in memory, of which `mask` says which are there, becomes two vectors of floats; and how
+// a group of x is arranged so that the lanes meet.
+template <class W>
+struct Group;
+
+template <>
+struct Group<float> {
+  template <bool Whole>
+  static __m512 load(const float* at, int half, uint32_t mask) {
+    at += half * kVector;
+    return Whole ? _mm512_loadu_ps(at) : _mm512_maskz_loadu_ps(mask >> (half * kVector), at);
+  }
+  static __m512 arranged(__m512 first, __m512 second, int half) { return half ? second : first; }
+};
 
 struct BFloat16 {
   uint16_t bits;
 };
 
-inline float to_float(float x) { return x; }
+template <>
+struct Group<BFloat16> {
+  // The even ones, then the odd ones: one instruction each, where widening neighbours takes two.
+  template <bool Whole>
+  static __m512 load(const BFloat16* at, int half, uint32_t mask) {
+    const __m512i pairs = Whole ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi16(mask, at);
+    const __m512i upper = _mm512_set1_epi32(0xffff0000);
+    return _mm512_castsi512_ps(half ? _mm512_and_si512(pairs, upper) : _mm512_slli_epi32(pairs, 16));
+  }
+  static __m512 arranged(__m512 first, __m512 second, int half) {
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    return _mm512_permutex2var_ps(first, _mm512_or_si512(even, _mm512_set1_epi32(half)), second);
+  }
+};
 
-inline float to_float(BFloat16 x) {
-  uint32_t bits = uint32_t{x.bits} << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
+// The sums of the lanes of eight vectors: half the shuffles of one vector at a time.
+inline void sum_lanes(const __m512 (&of)[8], float (&sums)[8]) {
+  __m512 quarters[4];
+  for (int i = 0; i < 4; i++)  // Each then holds the lanes of two, in quarters: a a b b.
+    quarters[i] = _mm512_add_ps(_mm512_shuffle_f32x4(of[2 * i], of[2 * i + 1], 0x88),
+                                _mm512_shuffle_f32x4(of[2 * i], of[2 * i + 1], 0xdd));
+  __m512 fours[2];
+  for (int i = 0; i < 2; i++)  // And of four: a b c d.
+    fours[i] = _mm512_add_ps(_mm512_shuffle_f32x4(quarters[2 * i], quarters[2 * i + 1], 0x88),
+                             _mm512_shuffle_f32x4(quarters[2 * i], quarters[2 * i + 1], 0xdd));
+  __m512 eights = _mm512_add_ps(_mm512_unpacklo_ps(fours[0], fours[1]), _mm512_unpackhi_ps(fours[0], fours[1]));
+  eights = _mm512_add_ps(eights, _mm512_shuffle_ps(eights, eights, 0x0e));
+  alignas(64) float lanes[16];
+  _mm512_store_ps(lanes, eights);
+  for (int i = 0; i < 4; i++) sums[i] = lanes[4 * i], sums[4 + i] = lanes[4 * i + 1];
 }
 
-// How the neighbours in memory that fill a vector are loaded, and their products added to a vector of sums.
+// A matrix whose rows are `stride` elements apart.
 template <class T>
-struct Neighbours;
+struct Matrix {
+  T* data;
+  int64_t stride;
 
-template <>
-struct Neighbours<float> {
-  static constexpr int width = 16;
-  using Loaded = __m512;
-
-  static Loaded load(const float* at) { return _mm512_loadu_ps(at); }
-  static __m512 add_products(__m512 sums, Loaded a, Loaded b) { return _mm512_fmadd_ps(a, b, sums); }
+  T* at(int64_t row, int64_t column = 0) const { return data + row * stride + column; }
 };
 
-template <>
-struct Neighbours<BFloat16> {
-  static constexpr int width = 32;
-  using Loaded = __m512bh;
+// What is to be in the cache soon, asked for little by little: many requests at once would hold up what is read now.
+struct Fetch {
+  const char* at;
+  const char* end;
+  int64_t lines;  // at a time
 
-  static Loaded load(const BFloat16* at) { return (__m512bh)_mm512_loadu_si512(at); }
-  static __m512 add_products(__m512 sums, Loaded a, Loaded b) { return _mm512_dpbf16_ps(sums, a, b); }
+  void some() {
+    for (int64_t i = 0; i < lines && at < end; i++, at += kCacheLine) __builtin_prefetch(at, 0, 2);
+  }
 };
 
-template <class T>
+// y[r, o] = sum_k x[r, k] * weight[o, k] over `inputs` values of k, added to what y holds if `add`; x is arranged.
+template <class W, int Rows, int Outputs>
+void tile(const float* x, Matrix<const W> weight, int64_t inputs, Matrix<float> y, bool add, Fetch& fetch) {
+  __m512 sums[Outputs][Rows] = {};
+  const auto group = [&](int64_t k, auto whole, uint32_t mask) {
+    for (int half = 0; half < 2; half++) {
+      __m512 weights[Outputs];
+      for (int o = 0; o < Outputs; o++)
+        weights[o] = Group<W>::template load<decltype(whole)::value>(weight.at(o, k), half, mask);
+      for (int r = 0; r < Rows; r++) {
+        __m512 values = _mm512_loadu_ps(x + (k + half * kVector) * Rows + r * kVector);
+        // Into a register, once: the compiler would have each product load it again.
+        asm("" : "+v"(values));
+        for (int o = 0; o < Outputs; o++) sums[o][r] = _mm512_fmadd_ps(values, weights[o], sums[o][r]);
+      }
+    }
+  };
+  const int64_t whole = inputs / kGroup * kGroup;
+  for (int64_t k = 0; k < whole; k += kGroup) {
+    fetch.some();
+    group(k, std::true_type{}, 0);
+  }
+  if (whole < inputs) group(whole, std::false_type{}, (uint32_t{1} << (inputs - whole)) - 1);
+  for (int o = 0; o < Outputs; o++) {
+    float totals[Rows];
+    if constexpr (Rows == 8)
+      sum_lanes(sums[o], totals);
+    else
+      for (int r = 0; r < Rows; r++) totals[r] = _mm512_reduce_add_ps(sums[o][r]);
+    for (int r = 0; r < Rows; r++) *y.at(r, o) = totals[r] + (add ? *y.at(r, o) : 0);
+  }
+}
+
+template <class W, int Outputs, int Rows = kRows>
+void tile_of(int64_t rows, const float* x, Matrix<const W> weight, int64_t inputs, Matrix<float> y, bool add,
+             Fetch& fetch) {
+  if (rows == Rows)
+    tile<W, Rows, Outputs>(x, weight, inputs, y, add, fetch);
+  else if constexpr (Rows > 1)
+    tile_of<W, Outputs, Rows - 1>(rows, x, weight, inputs, y, add, fetch);
+}
+
+// One product of a batch, and how it is cut: outputs into blocks, inputs into parts, rows into tiles.
+template <class W>
 struct Product {
-  const T* x;       // rows x inputs
-  const T* weight;  // outputs x inputs
+  const float* x;   // rows x inputs
+  const W* weight;  // outputs x inputs
   float* y;         // rows x outputs
   int64_t rows, inputs, outputs;
 
-  // `Rows` rows from `row` on, `Outputs` outputs from `output` on.
-  template <int Rows, int Outputs>
-  void tile(int64_t row, int64_t output, bool fetch_next) const {
-    using N = Neighbours<T>;
-    const T* rows_of_x = x + row * inputs;
-    const T* of_weight = weight + output * inputs;
-    __m512 sums[Rows][Outputs] = {};
-    int64_t k = 0;
-    for (; k + N::width <= inputs; k += N::width) {
-      typename N::Loaded weights[Outputs];
-      for (int o = 0; o < Outputs; o++) {
-        weights[o] = N::load(of_weight + o * inputs + k);
-        // Past the end of the weight this asks for memory that is not there, which is not an error.
-        if (fetch_next) __builtin_prefetch(of_weight + (o + Outputs) * inputs + k, 0, 2);
-      }
-      for (int r = 0; r < Rows; r++) {
-        typename N::Loaded values = N::load(rows_of_x + r * inputs + k);
-        for (int o = 0; o < Outputs; o++) sums[r][o] = N::add_products(sums[r][o], values, weights[o]);
-      }
-    }
-    for (int r = 0; r < Rows; r++)
-      for (int o = 0; o < Outputs; o++) {
-        float sum = _mm512_reduce_add_ps(sums[r][o]);
-        for (int64_t rest = k; rest < inputs; rest++)
-          sum += to_float(rows_of_x[r * inputs + rest]) * to_float(of_weight[o * inputs + rest]);
-        y[(row + r) * outputs + output + o] = sum;
-      }
+  bool few_rows() const { return rows <= kRows; }
+  int64_t tiles() const { return divide_up(rows, kRows); }
+  int64_t tile_begin(int64_t tile) const { return rows * tile / tiles(); }
+  int64_t part_length() const {
+    const int64_t parts = few_rows() ? 1 : divide_up(inputs, kInputsAtOnce);
+    return divide_up(divide_up(inputs, parts), kGroup) * kGroup;
+  }
+  int64_t block_width() const {
+    return std::max<int64_t>(1, kBlockBytes / (part_length() * sizeof(W)) / kOutputs) * kOutputs;
   }
 
-  template <int Outputs, int Rows = kRows>
-  void tile_of(int64_t count, int64_t row, int64_t output, bool fetch_next) const {
-    if (count == Rows)
-      tile<Rows, Outputs>(row, output, fetch_next);
-    else if constexpr (Rows > 1)
-      tile_of<Outputs, Rows - 1>(count, row, output, fetch_next);
+  // x in the order in which it is read: parts, in them tiles, in these vectors of each row in turn; parts are filled
+  // up with zeros.
+  void arrange(std::vector<float>& arranged) const {
+    const int64_t length = part_length();
+    arranged.resize(divide_up(inputs, length) * length * rows);
+    float* to = arranged.data();
+    for (int64_t begin = 0; begin < inputs; begin += length)
+      for (int64_t t = 0; t < tiles(); t++)
+        for (int64_t k = begin; k < begin + length; k += kGroup) {
+          const int64_t left = std::clamp<int64_t>(inputs - k, 0, kGroup);
+          const uint32_t mask = left == kGroup ? ~uint32_t{0} : (uint32_t{1} << left) - 1;
+          const int64_t count = tile_begin(t + 1) - tile_begin(t);
+          for (int64_t r = 0; r < count; r++) {
+            const float* from = x + (tile_begin(t) + r) * inputs + k;
+            const __m512 first = _mm512_maskz_loadu_ps(mask, from);
+            const __m512 second = _mm512_maskz_loadu_ps(mask >> kVector, from + kVector);
+            for (int half = 0; half < 2; half++)
+              _mm512_storeu_ps(to + (half * count + r) * kVector, Group<W>::arranged(first, second, half));
+          }
+          to += count * kGroup;
+        }
   }
 
-  // The outputs from `begin` to `end` of all rows.
-  void block(int64_t begin, int64_t end) const {
-    const int64_t tiles = (rows + kRows - 1) / kRows;
-    for (int64_t t = 0; t < tiles; t++) {
-      const int64_t row = rows * t / tiles, count = rows * (t + 1) / tiles - row;
-      int64_t output = begin;
-      for (; output + kOutputs <= end; output += kOutputs) tile_of<kOutputs>(count, row, output, t == 0);
-      for (; output < end; output++) tile_of<1>(count, row, output, false);
-    }
+  // The outputs from `begin` to `end` of all rows. What lies at `next` is fetched from memory meanwhile.
+  void block(const float* arranged, int64_t begin, int64_t end, const W* next) const {
+    const int64_t length = part_length();
+    const int64_t bytes = next ? (end - begin) * inputs * sizeof(W) : 0;
+    const int64_t groups = tiles() * divide_up(end - begin, kOutputs) * (inputs / kGroup);
+    const char* from = reinterpret_cast<const char*>(next);
+    Fetch fetch{from, from + bytes, divide_up(divide_up(bytes, kCacheLine), std::max<int64_t>(1, groups))};
+    for (int64_t k = 0; k < inputs; k += length)
+      for (int64_t t = 0; t < tiles(); t++) {
+        const int64_t row = tile_begin(t), count = tile_begin(t + 1) - row;
+        const float* of_x = arranged + k * rows + row * length;
+        for (int64_t output = begin; output < end;) {
+          const Matrix<const W> of_weight{weight + output * inputs + k, inputs};
+          const Matrix<float> of_y{y + row * outputs + output, outputs};
+          const int64_t here = std::min(length, inputs - k);
+          if (end - output >= kOutputs)
+            tile_of<W, kOutputs>(count, of_x, of_weight, here, of_y, k > 0, fetch), output += kOutputs;
+          else
+            tile_of<W, 1>(count, of_x, of_weight, here, of_y, k > 0, fetch), output++;
+        }
+      }
   }
 };
 
 // Computes the products on this thread, and on those of the pool that are free: what is waited for is only what another
 // thread has begun, so that a busy pool delays nothing.
-template <class T>
-void compute(ffi::ThreadPool& pool, int64_t batch, const Product<T>& first) {
+template <class W>
+void compute(ffi::ThreadPool& pool, int64_t batch, const Product<W>& first) {
   struct Progress {
     std::atomic<int64_t> taken{0}, done{0};
   };
   auto progress = std::make_shared<Progress>();
-  const int64_t fitting = kBlockBytes / (first.inputs * sizeof(T)) / kOutputs * kOutputs;
-  const int64_t width = std::max<int64_t>(kOutputs, fitting);
-  const int64_t blocks_of_one = (first.outputs + width - 1) / width, blocks = batch * blocks_of_one;
+  const int64_t width = first.block_width();
+  const int64_t blocks_of_one = divide_up(first.outputs, width), blocks = batch * blocks_of_one;
   auto work = [first, progress, width, blocks_of_one, blocks] {
-    for (int64_t taken; (taken = progress->taken.fetch_add(1)) < blocks;) {
+    static thread_local std::vector<float> arranged;
+    int64_t is_arranged = -1;
+    // The next block is taken ahead, to be fetched from memory meanwhile.
+    for (int64_t taken = progress->taken.fetch_add(1), next; taken < blocks; taken = next) {
+      next = progress->taken.fetch_add(1);
       const int64_t i = taken / blocks_of_one, begin = taken % blocks_of_one * width;
-      Product<T> product = first;
+      Product<W> product = first;
       product.x += i * product.rows * product.inputs;
       product.weight += i * product.outputs * product.inputs;
       product.y += i * product.rows * product.outputs;
-      product.block(begin, std::min(product.outputs, begin + width));
+      if (i != is_arranged) product.arrange(arranged), is_arranged = i;
+      const int64_t next_output = next / blocks_of_one * first.outputs + next % blocks_of_one * width;
+      product.block(arranged.data(), begin, std::min(product.outputs, begin + width),
+                    next < blocks ? first.weight + next_output * first.inputs : nullptr);
       progress->done.fetch_add(1, std::memory_order_release);
     }
   };
@@ -145,36 +248,37 @@ void compute(ffi::ThreadPool& pool, int64_t batch, const Product<T>& first) {
   while (progress->done.load(std::memory_order_acquire) < blocks) std::this_thread::yield();
 }
 
-ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight,
+ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer weight,
                     ffi::Result<ffi::Buffer<ffi::F32>> y) {
   const auto x_shape = x.dimensions(), weight_shape = weight.dimensions(), y_shape = y->dimensions();
   const size_t rank = x_shape.size();
   bool fit = rank >= 2 && weight_shape.size() == rank && y_shape.size() == rank &&
-             x.element_type() == weight.element_type() && x_shape[rank - 1] == weight_shape[rank - 1] &&
-             y_shape[rank - 2] == x_shape[rank - 2] && y_shape[rank - 1] == weight_shape[rank - 2];
+             x_shape[rank - 1] == weight_shape[rank - 1] && y_shape[rank - 2] == x_shape[rank - 2] &&
+             y_shape[rank - 1] == weight_shape[rank - 2];
   int64_t batch = 1;
   for (size_t d = 0; fit && d + 2 < rank; d++) {
     fit = x_shape[d] == weight_shape[d] && x_shape[d] == y_shape[d];
     batch *= x_shape[d];
   }
-  if (!fit) return ffi::Error::InvalidArgument("expected (..., rows, inputs) and (..., outputs, inputs) of one type");
-  auto run = [&](auto element) {
-    using T = decltype(element);
+  if (!fit) return ffi::Error::InvalidArgument("expected (..., rows, inputs) and (..., outputs, inputs)");
+  const int64_t rows = x_shape[rank - 2], inputs = x_shape[rank - 1], outputs = weight_shape[rank - 2];
+  auto run = [&](auto of_weight) {
+    using W = decltype(of_weight);
     compute(pool, batch,
-            Product<T>{static_cast<const T*>(x.untyped_data()), static_cast<const T*>(weight.untyped_data()),
-                       y->typed_data(), x_shape[rank - 2], x_shape[rank - 1], weight_shape[rank - 2]});
+            Product<W>{x.typed_data(), static_cast<const W*>(weight.untyped_data()), y->typed_data(), rows, inputs,
+                       outputs});
     return ffi::Error::Success();
   };
-  if (x.element_type() == ffi::F32) return run(float{});
-  if (x.element_type() == ffi::BF16) return run(BFloat16{});
-  return ffi::Error::InvalidArgument("expected float32 or bfloat16");
+  if (weight.element_type() == ffi::F32) return run(float{});
+  if (weight.element_type() == ffi::BF16) return run(BFloat16{});
+  return ffi::Error::InvalidArgument("expected a weight of float32 or bfloat16");
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(multiply_few_rows, multiply,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_multiply, multiply,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>());

@@ -1,6 +1,6 @@
-"""Products of a few rows with a weight, as fast as a CPU reads the weight: the kernel in cpu_kernel.cc.
+"""Products with a weight, of a few rows as fast as a CPU reads the weight: the kernel in cpu_kernel.cc.
 
-It is for processors with AVX-512 and its bfloat16 instructions. It is compiled when it is first needed, in a few
+It is for processors with AVX-512. It is compiled when it is first needed, in a few
 seconds, and kept in the user's cache. On other processors, and without a C++ compiler, XLA's own products are used.
 """
 
@@ -23,34 +23,35 @@ from s1jax.compilation_cache import user_cache
 from s1jax.mesh import platform
 
 _SOURCE = Path(__file__).with_suffix(".cc")
-_TARGET = "s1jax_multiply_few_rows"
-_FLAGS = ("-O3", "-mavx512f", "-mavx512bf16", "-std=c++17", "-shared", "-fPIC", "-w")
+_TARGET = "s1jax_multiply"
+_INSTRUCTIONS = ("avx512f", "avx512bw")
+_FLAGS = ("-O3", "-mavx512f", "-mavx512bw", "-mtune=icelake-server", "-std=c++17", "-shared", "-fPIC", "-w")
 
 
 @jax.custom_vjp
-def multiply_few_rows(
+def multiply(
     x: Float[Array, "*batch rows inputs"], weight: Float[Array, "*batch outputs inputs"]
 ) -> Float[Array, "*batch rows outputs"]:
-    """`x` times the transposed `weight` in float32, of two arrays of one dtype that is `available`."""
+    """`x` times the transposed `weight`, in float32, as `x` is; the weight has a dtype that is `available`."""
     shape = jax.ShapeDtypeStruct((*x.shape[:-1], weight.shape[-2]), jnp.float32)
     product: Array = jax.ffi.ffi_call(_TARGET, shape)(x, weight)
     return product
 
 
 def _forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    return multiply_few_rows(x, weight), (x, weight)
+    return multiply(x, weight), (x, weight)
 
 
 def _backward(operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, weight = operands
-    return (gradient @ weight).astype(x.dtype), (gradient.swapaxes(-1, -2) @ x).astype(weight.dtype)
+    return gradient @ weight.astype(x.dtype), (gradient.swapaxes(-1, -2) @ x).astype(weight.dtype)
 
 
-multiply_few_rows.defvjp(_forward, _backward)
+multiply.defvjp(_forward, _backward)
 
 
 def available(dtype: DTypeLike) -> bool:
-    """Whether the kernel multiplies such arrays where the program will run, which must be one device.
+    """Whether the kernel multiplies with such a weight where the program will run, which must be one device.
 
     The first call compiles it, or says why it cannot.
     """
@@ -61,7 +62,7 @@ def available(dtype: DTypeLike) -> bool:
 
 @functools.cache
 def _register() -> bool:
-    if not _processor_has("avx512_bf16"):
+    if not _processor_has(*_INSTRUCTIONS):
         return False
     named = os.environ.get("CXX", "c++")
     compiler = shutil.which(named)
@@ -72,17 +73,17 @@ def _register() -> bool:
     except (OSError, subprocess.CalledProcessError) as error:
         reason = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         return _unavailable(f"{compiler}: {reason.strip()[-400:]}")
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(library.multiply_few_rows), platform="cpu")
+    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(library.s1jax_multiply), platform="cpu")
     return True
 
 
-def _processor_has(instructions: str) -> bool:
+def _processor_has(*instructions: str) -> bool:
     """Whether Linux, where the kernel was tried, lists these instructions."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
-    return instructions in flags.split()
+    return set(instructions) <= set(flags.split())
 
 
 def _unavailable(reason: str) -> bool:

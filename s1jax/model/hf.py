@@ -71,6 +71,11 @@ def resolve_model(path: str) -> Path:
     raise FileNotFoundError(f"{path}: no such directory (a hub id is written owner/name)")
 
 
+def stored_dtypes(directory: Path) -> set[str]:
+    """The dtypes of a checkpoint's tensors, as safetensors calls them. Raises CheckpointError if it cannot be read."""
+    return {dtype for _, _, dtype in _find(directory).values()}
+
+
 def load_params(directory: Path, model: Qwen, mesh: Mesh, *, stacked: bool = True) -> Params:
     """Read a checkpoint into arrays sharded over the mesh, cast to `model.param_dtype`; layers stacked or unrolled.
 
@@ -141,23 +146,7 @@ def _blocks(layout: TensorLayout, index: Index, out: np.ndarray) -> Iterator[tup
 def _check(directory: Path, model: Qwen) -> dict[str, Path]:
     """The file of every tensor that the model needs; raises CheckpointError with everything that is amiss."""
     problems: list[str] = []
-    found: dict[str, tuple[Path, list[int], str]] = {}
-    for path, expected in _weight_files(directory, problems):
-        try:
-            with safe_open(path, framework="np") as file:
-                names = set(file.keys())
-                for name in names:
-                    tensor = file.get_slice(name)
-                    found[name] = (path, list(tensor.get_shape()), tensor.get_dtype())
-        except FileNotFoundError:
-            problems.append(f"{path.name}: no such file")
-            continue
-        except (SafetensorError, OSError) as error:
-            problems.append(f"{path.name}: not a whole safetensors file ({error})")
-            continue
-        problems += [f"{path.name}: the index places {name} here, but it is not" for name in sorted(expected - names)]
-    if problems:
-        raise CheckpointError(directory, problems)
+    found = _find(directory)
     wanted = _expected_shapes(model)
     ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
     if model.config.tie_word_embeddings:
@@ -175,6 +164,29 @@ def _check(directory: Path, model: Qwen) -> dict[str, Path]:
     if problems:
         raise CheckpointError(directory, problems)
     return {name: found[name][0] for name in wanted}
+
+
+def _find(directory: Path) -> dict[str, tuple[Path, list[int], str]]:
+    """File, shape and dtype of every tensor that is there; raises CheckpointError with every file that is amiss."""
+    problems: list[str] = []
+    found: dict[str, tuple[Path, list[int], str]] = {}
+    for path, expected in _weight_files(directory, problems):
+        try:
+            with safe_open(path, framework="np") as file:
+                names = set(file.keys())
+                for name in names:
+                    tensor = file.get_slice(name)
+                    found[name] = (path, list(tensor.get_shape()), tensor.get_dtype())
+        except FileNotFoundError:
+            problems.append(f"{path.name}: no such file")
+            continue
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{path.name}: not a whole safetensors file ({error})")
+            continue
+        problems += [f"{path.name}: the index places {name} here, but it is not" for name in sorted(expected - names)]
+    if problems:
+        raise CheckpointError(directory, problems)
+    return found
 
 
 def _weight_files(directory: Path, problems: list[str]) -> list[tuple[Path, set[str]]]:

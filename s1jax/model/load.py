@@ -4,14 +4,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from s1jax.config import MeshSection, ModelSection
 from s1jax.mesh import make_mesh
+from s1jax.model import cpu_kernel
 from s1jax.model.config import QwenConfig
-from s1jax.model.hf import load_params, resolve_model
+from s1jax.model.hf import load_params, resolve_model, stored_dtypes
 from s1jax.model.qwen import Params, Qwen, Remat
 
 
@@ -41,12 +43,23 @@ def build_model(section: ModelSection, config: QwenConfig, *, param_dtype: str, 
     )
 
 
+def inference_param_dtype(section: ModelSection, directory: Path, mesh: Mesh) -> str:
+    """The dtype in which parameters are kept: that of the computation, or the checkpoint's bfloat16 under float32.
+
+    The latter only where products widen weights as they read them: the numbers are the same, and half as many bytes.
+    """
+    with jax.set_mesh(mesh):
+        widened = section.dtype == "float32" and cpu_kernel.available(jnp.bfloat16)
+    return "bfloat16" if widened and stored_dtypes(directory) == {"BF16"} else section.dtype
+
+
 def load_model(section: ModelSection, mesh: MeshSection) -> LoadedModel:
-    """Find, check and read a model for inference, parameters stored in the dtype of the computation.
+    """Find, check and read a model for inference, its parameters in `inference_param_dtype` unless the section says.
 
     Raises FileNotFoundError, UnsupportedConfigError, CheckpointError or MeshError.
     """
     directory = resolve_model(section.path)
     devices = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
-    model = build_model(section, QwenConfig.from_directory(directory), param_dtype=section.dtype)
+    param_dtype = inference_param_dtype(section, directory, devices)
+    model = build_model(section, QwenConfig.from_directory(directory), param_dtype=param_dtype)
     return LoadedModel(model, load_params(directory, model, devices, stacked=False), devices, directory)

@@ -11,7 +11,7 @@ from s1jax.mesh import platform
 from s1jax.model import cpu_kernel
 
 _FEW_ROWS = 64
-"""Up to this many rows a CPU spends its time reading the weight; with more, XLA's products are as good as any."""
+"""Up to this many rows a CPU spends its time reading a float32 weight; with more, XLA's products are as good as any."""
 
 
 def project(
@@ -27,10 +27,9 @@ def project(
     The weight has the dimensions of its inputs and those of its outputs: the outputs first, or the inputs.
     """
     dtype = dtype or x.dtype
-    weight = weight.astype(x.dtype)
     if platform() == "cpu":
         return _project_on_cpu(x, weight, inputs, outputs_first).astype(dtype)
-    return _dot(x, weight, inputs, outputs_first, dtype)
+    return _dot(x, weight.astype(x.dtype), inputs, outputs_first, dtype)
 
 
 def _dot(x: Array, weight: Array, inputs: int, outputs_first: bool, dtype: DTypeLike) -> Array:
@@ -42,25 +41,32 @@ def _dot(x: Array, weight: Array, inputs: int, outputs_first: bool, dtype: DType
 def _project_on_cpu(x: Array, weight: Array, inputs: int, outputs_first: bool) -> Array:
     """The product in float32.
 
-    A CPU multiplies half-precision arrays as they are if the sums are float32 and there is more than one row; else XLA
-    first writes a float32 copy of the weight, which costs several times the product.
+    The kernel widens a weight as it reads it. XLA first writes a float32 copy of it, which costs several times the
+    product, unless both are of half precision, the sums are float32 and there is more than one row.
     """
     leading, summed = x.shape[: x.ndim - inputs], x.shape[x.ndim - inputs :]
     rows, size = math.prod(leading), math.prod(summed)
-    if outputs_first and rows <= _FEW_ROWS and cpu_kernel.available(x.dtype):
-        product = cpu_kernel.multiply_few_rows(x.reshape(rows, size), weight.reshape(-1, size))
+    if weight.dtype.itemsize > x.dtype.itemsize:
+        weight = weight.astype(x.dtype)
+    if outputs_first and (rows <= _FEW_ROWS or weight.dtype != jnp.float32) and cpu_kernel.available(weight.dtype):
+        product = cpu_kernel.multiply(x.reshape(rows, size).astype(jnp.float32), weight.reshape(-1, size))
         return product.reshape(*leading, *weight.shape[: weight.ndim - inputs])
+    weight = weight.astype(x.dtype)
     if rows == 1 and x.dtype != jnp.float32:
         product = _dot(jnp.broadcast_to(x.reshape(summed), (2, *summed)), weight, inputs, outputs_first, jnp.float32)
         return product[0].reshape(*leading, *product.shape[1:])
     return _dot(x, weight, inputs, outputs_first, jnp.float32)
 
 
-def look_up(table: Float[Array, "entries size"], ids: Int[Array, "*ids"]) -> Float[Array, "*ids size"]:
-    """Entries of a table."""
-    if platform() != "cpu" or table.dtype.itemsize != 2:
-        return table[ids]
-    return _look_up_bits(table, ids)
+def look_up(
+    table: Float[Array, "entries size"], ids: Int[Array, "*ids"], dtype: DTypeLike
+) -> Float[Array, "*ids size"]:
+    """Entries of a table, in `dtype`."""
+    if table.dtype.itemsize > jnp.dtype(dtype).itemsize:
+        table = table.astype(dtype)
+    as_bits = platform() == "cpu" and table.dtype.itemsize == 2
+    entries = _look_up_bits(table, ids) if as_bits else table[ids]
+    return entries.astype(dtype)
 
 
 @jax.custom_vjp

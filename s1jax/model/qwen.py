@@ -321,7 +321,7 @@ class Qwen:
             raise ValueError("a cache needs parameters that are unrolled, and has no segments")
         graphdef = nnx.split(self._abstract if stacked else self._abstract_unrolled)[0]
         decoder = nnx.merge(graphdef, params)
-        x = look_up(decoder.embedding[...].astype(self.dtype), input_ids)
+        x = look_up(decoder.embedding[...], input_ids, self.dtype)
         frequencies, magnitude = rope_frequencies(self.config)
         rotations = rope_rotations(positions, frequencies, magnitude)
         rotations = jax.tree.map(lambda r: constrain(r, "batch", "length", *[None] * (r.ndim - 2)), rotations)
