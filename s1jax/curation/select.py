@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from s1jax.config_reader import ConfigError
 from s1jax.curation.card import Entry
@@ -15,6 +14,7 @@ from s1jax.curation.config import BenchmarkSection, CurateConfig, SelectSection
 from s1jax.curation.files import stage_output, stream_jsonl, write_whole
 from s1jax.data.sources import read_source
 from s1jax.jsonl import InputError, Problem, describe
+from s1jax.tokenizer import load_tokenizer
 
 UNCLASSIFIED = "unclassified"
 """The domain of questions for which none is known."""
@@ -142,7 +142,7 @@ def _draw_rank(count: int, rng: np.random.Generator) -> int:
 def _candidates(config: CurateConfig, filtered: Path) -> list[Candidate]:
     """One candidate for each line of filtered.jsonl, its domain from there or from the stage domains."""
     name = config.select.tokenizer
-    tokenizer = AutoTokenizer.from_pretrained(name) if name else None
+    tokenizer = load_tokenizer(name) if name else None
     classified = filtered.with_name("domains.jsonl")
     domains = {row["id"]: row["domain"] for row in stream_jsonl(classified)} if classified.exists() else {}
     candidates = []

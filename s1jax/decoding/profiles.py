@@ -190,10 +190,10 @@ def tokenize_profile(profile: DelimiterProfile, tokenizer: PreTrainedTokenizerBa
     Raises ValueError when the tokenizer has ids that the model has not, or, with every problem, when an end token or
     eos is not exactly one id, or a text has pieces that the tokenizer does not know.
     """
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= vocab_size:
+    known = sorted(tokenizer.get_vocab().values())
+    if known[-1] >= vocab_size:
         raise ValueError(
-            f"the tokenizer has ids up to {largest}, the model's vocabulary only {vocab_size}: "
+            f"the tokenizer has ids up to {known[-1]}, the model's vocabulary only {vocab_size}: "
             "they do not belong together"
         )
     problems: list[str] = []
@@ -225,7 +225,6 @@ def tokenize_profile(profile: DelimiterProfile, tokenizer: PreTrainedTokenizerBa
             "\n  ".join([f"delimiter profile {profile.name!r} does not fit the tokenizer:", *dict.fromkeys(problems)])
         )
 
-    known = sorted(tokenizer.get_vocab().values())
     valid = np.zeros(vocab_size, bool)
     valid[known] = True
     # Decoding each id alone asks nothing of the kind of vocabulary. A newline is one byte, and no part of a

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from s1jax.config import EvaluateConfig, GenerateConfig, SamplingSection
 from s1jax.decoding.generate import Generator, Request, problem_of
@@ -13,6 +13,7 @@ from s1jax.jsonl import LISTED_PROBLEMS, InputError
 from s1jax.model.config import QwenConfig
 from s1jax.model.hf import resolve_model
 from s1jax.model.load import load_model
+from s1jax.tokenizer import load_tokenizer
 
 
 class Setup(NamedTuple):
@@ -30,7 +31,7 @@ def prepare(config: GenerateConfig | EvaluateConfig) -> Setup:
     Raises ValueError, OSError or a subclass for a model, profile or sampling that cannot be used.
     """
     directory = resolve_model(config.model.path)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory)
     model_config = QwenConfig.from_directory(directory)
     profile = tokenize_profile(load_profile(config.budget.profile), tokenizer, model_config.vocab_size)
     return Setup(tokenizer, profile, model_config.max_position_embeddings, sampling_of(config.sampling))

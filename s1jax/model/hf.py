@@ -5,12 +5,13 @@ a time. Writing goes to a temporary directory that gets its name only when it is
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ from s1jax.model.qwen import Params, Qwen
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
-_DTYPES = {"F32", "F16", "BF16"}
+_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -42,6 +43,8 @@ _TOKENIZER_FILES = (
 )
 _BLOCK_BYTES = 2**25
 """What is read, cast and transposed at a time."""
+_ALIGNMENT = 64
+"""Of arrays on a CPU, in bytes."""
 _READERS = 2
 """Threads that read: more hold more blocks in memory, and two already wait for the same memory or disk."""
 _MAX_FILE_BYTES = 5_000_000_000
@@ -52,6 +55,15 @@ class CheckpointError(ValueError):
 
     def __init__(self, directory: Path | str, problems: list[str]):
         super().__init__(f"{directory}:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+class _Stored(NamedTuple):
+    """A tensor in a file: where its bytes begin, its shape, and its dtype as safetensors calls it."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def resolve_model(path: str) -> Path:
@@ -73,7 +85,7 @@ def resolve_model(path: str) -> Path:
 
 def stored_dtypes(directory: Path) -> set[str]:
     """The dtypes of a checkpoint's tensors, as safetensors calls them. Raises CheckpointError if it cannot be read."""
-    return {dtype for _, _, dtype in _find(directory).values()}
+    return {tensor.dtype for tensor in _find(directory).values()}
 
 
 def load_params(directory: Path, model: Qwen, mesh: Mesh, *, stacked: bool = True) -> Params:
@@ -81,23 +93,27 @@ def load_params(directory: Path, model: Qwen, mesh: Mesh, *, stacked: bool = Tru
 
     Raises CheckpointError with all that is wrong with the directory, MeshError if the model does not fit the mesh.
     """
-    files = _check(directory, model)
+    stored = _check(directory, model)
     abstract = model.abstract_params(mesh, stacked=stacked)
     layouts = tensor_layouts(model.config, stacked=stacked)
     params: Params = {}
     with ThreadPoolExecutor(_READERS) as readers:
-        arrays = readers.map(lambda layout: _read(layout, _get(abstract, layout.path), files), layouts)
+        arrays = readers.map(lambda layout: _read(layout, _get(abstract, layout.path), stored), layouts)
         for layout, array in zip(layouts, arrays, strict=True):
             _set(params, layout.path, array)
     return params
 
 
-def _read(layout: TensorLayout, leaf: jax.ShapeDtypeStruct, files: dict[str, Path]) -> jax.Array:
+def _read(layout: TensorLayout, leaf: jax.ShapeDtypeStruct, tensors: dict[str, _Stored]) -> jax.Array:
     layer_shape = leaf.shape[1:] if layout.per_layer else leaf.shape
 
     def fill(out: np.ndarray, name: str, index: Index) -> None:
+        tensor = tensors[name]
+        if layout.as_stored and out.dtype == _DTYPES[tensor.dtype] and out.size == math.prod(tensor.shape):
+            _read_bytes(tensor, out)
+            return
         # Opened for each tensor: a map kept open would hold every page that was ever read in memory.
-        with safe_open(files[name], framework="np") as file:
+        with safe_open(tensor.path, framework="np") as file:
             stored = file.get_slice(name)
             for block, here in _blocks(layout, index, out):
                 part = stored[layout.hf_index(block, layer_shape)]
@@ -111,7 +127,7 @@ def _read(layout: TensorLayout, leaf: jax.ShapeDtypeStruct, files: dict[str, Pat
     def shard(index: Index | None) -> np.ndarray:
         index = index or ()
         spans = [cut.indices(size) for cut, size in zip(index, leaf.shape, strict=True)]
-        out = np.empty([stop - start for start, stop, _ in spans], leaf.dtype)
+        out = _aligned([stop - start for start, stop, _ in spans], leaf.dtype)
         if layout.per_layer:
             for i, layer in enumerate(range(*spans[0])):
                 fill(out[i], layout.name.format(layer), index[1:])
@@ -120,6 +136,25 @@ def _read(layout: TensorLayout, leaf: jax.ShapeDtypeStruct, files: dict[str, Pat
         return out
 
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, shard)
+
+
+def _read_bytes(tensor: _Stored, out: np.ndarray) -> None:
+    """Read a whole tensor to where it stays, four times as fast as through safetensors' mapped file."""
+    left = memoryview(out.reshape(-1).view(np.uint8).data)
+    with tensor.path.open("rb", buffering=0) as file:
+        file.seek(tensor.offset)
+        while left and (count := file.readinto(left)):
+            left = left[count:]
+    if left:
+        raise CheckpointError(tensor.path, ["ends before its tensors do"])
+
+
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """An array that begins where a CPU's device wants it: it is then taken over as it is, not copied."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def _cast(values: np.ndarray, out: np.ndarray) -> np.ndarray:
@@ -143,8 +178,8 @@ def _blocks(layout: TensorLayout, index: Index, out: np.ndarray) -> Iterator[tup
         yield tuple(block), tuple(here)
 
 
-def _check(directory: Path, model: Qwen) -> dict[str, Path]:
-    """The file of every tensor that the model needs; raises CheckpointError with everything that is amiss."""
+def _check(directory: Path, model: Qwen) -> dict[str, _Stored]:
+    """Every tensor that the model needs; raises CheckpointError with everything that is amiss."""
     problems: list[str] = []
     found = _find(directory)
     wanted = _expected_shapes(model)
@@ -156,27 +191,28 @@ def _check(directory: Path, model: Qwen) -> dict[str, Path]:
     for name, shape in wanted.items():
         if name not in found:
             continue
-        _, stored, dtype = found[name]
-        if tuple(stored) != shape:
-            problems.append(f"{name} has shape {stored}, config.json implies {list(shape)}")
-        if dtype not in _DTYPES:
-            problems.append(f"{name} is stored as {dtype}; expected one of {', '.join(sorted(_DTYPES))}")
+        stored = found[name]
+        if stored.shape != shape:
+            problems.append(f"{name} has shape {list(stored.shape)}, config.json implies {list(shape)}")
+        if stored.dtype not in _DTYPES:
+            problems.append(f"{name} is stored as {stored.dtype}; expected one of {', '.join(sorted(_DTYPES))}")
     if problems:
         raise CheckpointError(directory, problems)
-    return {name: found[name][0] for name in wanted}
+    return {name: found[name] for name in wanted}
 
 
-def _find(directory: Path) -> dict[str, tuple[Path, list[int], str]]:
-    """File, shape and dtype of every tensor that is there; raises CheckpointError with every file that is amiss."""
+def _find(directory: Path) -> dict[str, _Stored]:
+    """Every tensor that is there; raises CheckpointError with every file that is amiss."""
     problems: list[str] = []
-    found: dict[str, tuple[Path, list[int], str]] = {}
+    found: dict[str, _Stored] = {}
     for path, expected in _weight_files(directory, problems):
         try:
             with safe_open(path, framework="np") as file:
                 names = set(file.keys())
+                offsets = _offsets(path)
                 for name in names:
                     tensor = file.get_slice(name)
-                    found[name] = (path, list(tensor.get_shape()), tensor.get_dtype())
+                    found[name] = _Stored(path, offsets[name], tuple(tensor.get_shape()), tensor.get_dtype())
         except FileNotFoundError:
             problems.append(f"{path.name}: no such file")
             continue
@@ -187,6 +223,14 @@ def _find(directory: Path) -> dict[str, tuple[Path, list[int], str]]:
     if problems:
         raise CheckpointError(directory, problems)
     return found
+
+
+def _offsets(path: Path) -> dict[str, int]:
+    """Where the bytes of each tensor of a safetensors file begin."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 def _weight_files(directory: Path, problems: list[str]) -> list[tuple[Path, set[str]]]:

@@ -1,5 +1,6 @@
 """From the `model` and `mesh` sections of a configuration to a model on its devices."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from s1jax.config import MeshSection, ModelSection
 from s1jax.mesh import make_mesh
@@ -15,6 +16,7 @@ from s1jax.model import cpu_kernel
 from s1jax.model.config import QwenConfig
 from s1jax.model.hf import load_params, resolve_model, stored_dtypes
 from s1jax.model.qwen import Params, Qwen, Remat
+from s1jax.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class LoadedModel:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The directory's tokenizer."""
-        return AutoTokenizer.from_pretrained(self.directory)
+        return load_tokenizer(self.directory)
 
 
 def build_model(section: ModelSection, config: QwenConfig, *, param_dtype: str, remat: Remat = "none") -> Qwen:
@@ -62,4 +64,8 @@ def load_model(section: ModelSection, mesh: MeshSection) -> LoadedModel:
     devices = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
     param_dtype = inference_param_dtype(section, directory, devices)
     model = build_model(section, QwenConfig.from_directory(directory), param_dtype=param_dtype)
-    return LoadedModel(model, load_params(directory, model, devices, stacked=False), devices, directory)
+    with ThreadPoolExecutor(1) as reader:
+        # Meanwhile, for those who will ask for it; they are told what is wrong with it, too.
+        reader.submit(load_tokenizer, directory)
+        params = load_params(directory, model, devices, stacked=False)
+    return LoadedModel(model, params, devices, directory)

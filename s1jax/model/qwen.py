@@ -206,9 +206,9 @@ class DecoderLayer(nnx.Module):
             return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "residual_length", None), cache
 
 
-@partial(jax.jit, static_argnums=0, inline=True)
+@partial(jax.jit, static_argnums=0)
 def _run_layer(graphdef: Any, state: Any, x: Hidden, inputs: _Inputs, cache: LayerCache | None) -> Any:
-    """One layer; traced once for all layers, and inlined for each."""
+    """One layer; traced and lowered once for all layers. XLA inlines it for each."""
     return nnx.merge(graphdef, state)(x, inputs, cache)
 
 

@@ -5,11 +5,11 @@ from statistics import NormalDist
 
 import numpy as np
 from jaxtyping import Int
-from transformers import AutoTokenizer
 
 from s1jax.config import TrainConfig
 from s1jax.data.examples import load_examples
 from s1jax.planning.hardware import PlanError
+from s1jax.tokenizer import load_tokenizer
 
 _SIGMA = 0.3
 """Spread of the logarithm of a length. With s1K's mean and longest it puts 26% below 4,096 tokens, as the s1 paper's
@@ -24,7 +24,7 @@ def example_lengths(config: TrainConfig) -> tuple[Int[np.ndarray, " examples"], 
     """
     block_size = config.data.block_size
     if Path(config.data.path).is_file() and Path(config.model.path).is_dir():
-        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        tokenizer = load_tokenizer(config.model.path)
         dataset = load_examples(config.data.path, tokenizer, block_size=block_size, overlong=config.data.overlong)
         return np.array([example.input_ids.size for example in dataset.examples]), f"read from {config.data.path}"
     count, mean = config.plan.num_examples, config.plan.mean_length

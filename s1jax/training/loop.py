@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from transformers import AutoTokenizer
 
 from s1jax.config import TrainConfig, TrainedModelSection
 from s1jax.config_reader import to_dict
@@ -29,6 +28,7 @@ from s1jax.model.flops import peak_flops, training_flops
 from s1jax.model.hf import export_model, load_params, resolve_model
 from s1jax.model.load import build_model
 from s1jax.model.qwen import Params, Qwen, Remat
+from s1jax.tokenizer import load_tokenizer
 from s1jax.training.checkpoint import Checkpoints
 from s1jax.training.metrics import Tracker, check_trackers, open_trackers, save_provenance
 from s1jax.training.run_directory import RunError, check_config, exclusive
@@ -112,7 +112,7 @@ class _Run:
         self.source = resolve_model(config.model.path)
         self.model = training_model(config, QwenConfig.from_directory(self.source))
         self.model.abstract_params(self.mesh)  # Refuses a mesh that does not fit before the data is read.
-        tokenizer = AutoTokenizer.from_pretrained(self.source)
+        tokenizer = load_tokenizer(self.source)
         self.pad_id = tokenizer.convert_tokens_to_ids(PAD_TOKEN) or 0
         block_size, overlong = config.data.block_size, config.data.overlong
         dataset = load_examples(config.data.path, tokenizer, block_size=block_size, overlong=overlong)
