@@ -61,10 +61,9 @@ def cached_attention(
     head_dim = query.shape[-1]
     grouped = query.reshape(query.shape[0], keys.shape[1], -1, head_dim)
     if cpu_kernel.available(keys.dtype):
-        scores = cpu_kernel.multiply(grouped.astype(jnp.float32), keys)
-    else:
-        scores = jnp.einsum("bkgd,bksd->bkgs", grouped, keys, preferred_element_type=jnp.float32)
-    scores *= head_dim**-0.5
+        context = cpu_kernel.attend(grouped.astype(jnp.float32) * head_dim**-0.5, keys, values, last)
+        return context.astype(query.dtype).reshape(query.shape)
+    scores = jnp.einsum("bkgd,bksd->bkgs", grouped, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
     seen = jnp.arange(keys.shape[2]) <= last[:, None, None, None]
     scores = jnp.where(seen, scores, -jnp.inf)
     # Divided by their sum only after the product: one pass less over the scores, which are as long as the cache.

@@ -1,5 +1,5 @@
-// Products of float32 rows with a weight stored (outputs, inputs), for XLA on a CPU with AVX-512:
-// y[m, n] = sum_k x[m, k] * w[n, k] in float32, the weight float32 or bfloat16, each array a batch of matrices or one.
+// What decoding does most, for XLA on a CPU with AVX-512, over float32 activations and weights and caches of float32 or
+// bfloat16: products with a weight stored (outputs, inputs), attention of one token over a cache, and looking up rows.
 //
 // With few rows the time is that of reading the weight. Every weight is read from memory once, in the order in which it
 // is stored, and while one part is computed the next is fetched; the rows of x stay in the caches. A bfloat16 is the
@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -149,7 +150,7 @@ void tile_of(int64_t rows, const float* x, Matrix<const W> weight, int64_t input
     tile_of<W, Outputs, Rows - 1>(rows, x, weight, inputs, y, add, fetch);
 }
 
-// One product of a batch, and how it is cut: outputs into blocks, inputs into parts, rows into tiles.
+// A product, and how it is cut: outputs into blocks, inputs into parts, rows into tiles.
 template <class W>
 struct Product {
   const float* x;   // rows x inputs
@@ -215,63 +216,150 @@ struct Product {
   }
 };
 
-// Computes the products on this thread, and on those of the pool that are free: what is waited for is only what another
-// thread has begun, so that a busy pool delays nothing.
-template <class W>
-void compute(ffi::ThreadPool& pool, int64_t batch, const Product<W>& first) {
+// Does work(i) for every i below `count` on this thread, and on those of the pool that are free: what is waited for is
+// only what another thread has begun, so that a busy pool delays nothing. The i that a thread will do next goes along.
+template <class Work>
+void share(ffi::ThreadPool& pool, int64_t count, const Work& work) {
   struct Progress {
     std::atomic<int64_t> taken{0}, done{0};
   };
   auto progress = std::make_shared<Progress>();
-  const int64_t width = first.block_width();
-  const int64_t blocks_of_one = divide_up(first.outputs, width), blocks = batch * blocks_of_one;
-  auto work = [first, progress, width, blocks_of_one, blocks] {
-    static thread_local std::vector<float> arranged;
-    int64_t is_arranged = -1;
-    // The next block is taken ahead, to be fetched from memory meanwhile.
-    for (int64_t taken = progress->taken.fetch_add(1), next; taken < blocks; taken = next) {
+  const auto run = [progress, count, work] {
+    for (int64_t taken = progress->taken.fetch_add(1), next; taken < count; taken = next) {
       next = progress->taken.fetch_add(1);
-      const int64_t i = taken / blocks_of_one, begin = taken % blocks_of_one * width;
-      Product<W> product = first;
-      product.x += i * product.rows * product.inputs;
-      product.weight += i * product.outputs * product.inputs;
-      product.y += i * product.rows * product.outputs;
-      if (i != is_arranged) product.arrange(arranged), is_arranged = i;
-      const int64_t next_output = next / blocks_of_one * first.outputs + next % blocks_of_one * width;
-      product.block(arranged.data(), begin, std::min(product.outputs, begin + width),
-                    next < blocks ? first.weight + next_output * first.inputs : nullptr);
+      work(taken, next);
       progress->done.fetch_add(1, std::memory_order_release);
     }
   };
-  for (int64_t i = 1; i < std::min(pool.num_threads(), blocks); i++) pool.Schedule(std::function<void()>(work));
-  work();
-  while (progress->done.load(std::memory_order_acquire) < blocks) std::this_thread::yield();
+  for (int64_t i = 1; i < std::min(pool.num_threads(), count); i++) pool.Schedule(std::function<void()>(run));
+  run();
+  while (progress->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
 }
 
-ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer weight,
-                    ffi::Result<ffi::Buffer<ffi::F32>> y) {
-  const auto x_shape = x.dimensions(), weight_shape = weight.dimensions(), y_shape = y->dimensions();
-  const size_t rank = x_shape.size();
-  bool fit = rank >= 2 && weight_shape.size() == rank && y_shape.size() == rank &&
-             x_shape[rank - 1] == weight_shape[rank - 1] && y_shape[rank - 2] == x_shape[rank - 2] &&
-             y_shape[rank - 1] == weight_shape[rank - 2];
-  int64_t batch = 1;
-  for (size_t d = 0; fit && d + 2 < rank; d++) {
-    fit = x_shape[d] == weight_shape[d] && x_shape[d] == y_shape[d];
-    batch *= x_shape[d];
-  }
-  if (!fit) return ffi::Error::InvalidArgument("expected (..., rows, inputs) and (..., outputs, inputs)");
-  const int64_t rows = x_shape[rank - 2], inputs = x_shape[rank - 1], outputs = weight_shape[rank - 2];
-  auto run = [&](auto of_weight) {
-    using W = decltype(of_weight);
-    compute(pool, batch,
-            Product<W>{x.typed_data(), static_cast<const W*>(weight.untyped_data()), y->typed_data(), rows, inputs,
-                       outputs});
+// Calls f with the data of a weight or cache, as what it is.
+template <class F>
+ffi::Error with_type(const ffi::AnyBuffer& buffer, F f) {
+  if (buffer.element_type() == ffi::F32) return f(static_cast<const float*>(buffer.untyped_data()));
+  if (buffer.element_type() == ffi::BF16) return f(static_cast<const BFloat16*>(buffer.untyped_data()));
+  return ffi::Error::InvalidArgument("expected float32 or bfloat16");
+}
+
+// y[m, n] = sum_k x[m, k] * weight[n, k].
+ffi::Error multiply(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::AnyBuffer weight,
+                    ffi::ResultBufferR2<ffi::F32> y) {
+  const int64_t rows = x.dimensions()[0], inputs = x.dimensions()[1], outputs = y->dimensions()[1];
+  return with_type(weight, [&](auto* data) {
+    using W = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
+    const Product<W> product{x.typed_data(), data, y->typed_data(), rows, inputs, outputs};
+    const int64_t width = product.block_width(), blocks = divide_up(outputs, width);
+    static std::atomic<int64_t> calls{0};
+    const int64_t call = ++calls;
+    share(pool, blocks, [product, width, blocks, outputs, call](int64_t block, int64_t next) {
+      static thread_local std::vector<float> arranged;
+      static thread_local int64_t arranged_in = 0;
+      if (arranged_in != call) product.arrange(arranged), arranged_in = call;
+      product.block(arranged.data(), block * width, std::min(outputs, (block + 1) * width),
+                    next < blocks ? product.weight + next * width * product.inputs : nullptr);
+    });
     return ffi::Error::Success();
-  };
-  if (weight.element_type() == ffi::F32) return run(float{});
-  if (weight.element_type() == ffi::BF16) return run(BFloat16{});
-  return ffi::Error::InvalidArgument("expected a weight of float32 or bfloat16");
+  });
+}
+
+// e to the power of numbers that are not positive: a polynomial for the fraction of a power of two.
+inline __m512 exponential(__m512 x) {
+  const __m512 scaled = _mm512_mul_ps(_mm512_max_ps(x, _mm512_set1_ps(-87)), _mm512_set1_ps(1.44269504f));
+  const __m512 whole = _mm512_roundscale_ps(scaled, 0), fraction = _mm512_sub_ps(scaled, whole);
+  __m512 sum = _mm512_set1_ps(1.5403530e-4f);
+  for (float coefficient : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
+    sum = _mm512_fmadd_ps(sum, fraction, _mm512_set1_ps(coefficient));
+  return _mm512_scalef_ps(sum, whole);
+}
+
+// Makes exponentials of n scores, less the greatest, and returns their sum.
+inline float exponentials(float* scores, int64_t n) {
+  const auto mask = [n](int64_t i) -> __mmask16 { return n - i < kVector ? (1 << (n - i)) - 1 : -1; };
+  const __m512 lowest = _mm512_set1_ps(-INFINITY);
+  __m512 greatest = lowest, sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < n; i += kVector)
+    greatest = _mm512_max_ps(greatest, _mm512_mask_loadu_ps(lowest, mask(i), scores + i));
+  greatest = _mm512_set1_ps(_mm512_reduce_max_ps(greatest));
+  for (int64_t i = 0; i < n; i += kVector) {
+    const __m512 power = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask(i), scores + i), greatest));
+    sum = _mm512_mask_add_ps(sum, mask(i), sum, power);
+    _mm512_mask_storeu_ps(scores + i, mask(i), power);
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+inline __m512 load_neighbours(const float* at, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, at); }
+
+inline __m512 load_neighbours(const BFloat16* at, __mmask16 mask) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at)), 16));
+}
+
+// y[q] = sum_s weights[q, s] * values[s] / totals[q] for the queries from `first` on, kAtOnce of them or to `end`.
+constexpr int kAtOnce = 8;
+
+template <class V>
+void weigh(Matrix<const float> weights, const float* totals, const V* values, int64_t slots, int64_t size,
+           int64_t first, int64_t end, Matrix<float> y) {
+  for (int64_t d = 0; d < size; d += kVector) {
+    const __mmask16 mask = size - d < kVector ? (1 << (size - d)) - 1 : -1;
+    __m512 sums[kAtOnce] = {};
+    const float* of_query[kAtOnce];
+    for (int q = 0; q < kAtOnce; q++) of_query[q] = weights.at(std::min(first + q, end - 1));
+    for (int64_t s = 0; s < slots; s++) {
+      const __m512 value = load_neighbours(values + s * size + d, mask);
+      for (int q = 0; q < kAtOnce; q++)
+        sums[q] = _mm512_fmadd_ps(_mm512_set1_ps(of_query[q][s]), value, sums[q]);
+    }
+    for (int q = 0; q < kAtOnce && first + q < end; q++)
+      _mm512_mask_storeu_ps(y.at(first + q, d), mask, _mm512_div_ps(sums[q], _mm512_set1_ps(totals[first + q])));
+  }
+}
+
+// Softmax attention of each row's queries, (rows, kv_heads, queries, head_dim) and scaled already, over the slots 0..last
+// of its cache, (rows, kv_heads, slots, head_dim); slots after them are not read.
+ffi::Error attend(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> query, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                  ffi::BufferR1<ffi::S32> last, ffi::ResultBufferR4<ffi::F32> context) {
+  const auto shape = query.dimensions();
+  const int64_t heads = shape[1], queries = shape[2], size = shape[3], slots = keys.dimensions()[2];
+  return with_type(keys, [&](auto* key_data) {
+    using W = std::remove_const_t<std::remove_pointer_t<decltype(key_data)>>;
+    const W* value_data = static_cast<const W*>(values.untyped_data());
+    const float* query_data = query.typed_data();
+    const int32_t* last_slot = last.typed_data();
+    float* context_data = context->typed_data();
+    share(pool, shape[0] * heads, [=](int64_t i, int64_t) {
+      static thread_local std::vector<float> arranged, scores, totals;
+      const int64_t seen = std::min<int64_t>(last_slot[i / heads] + 1, slots), offset = i * slots * size;
+      scores.resize(queries * seen);
+      totals.resize(queries);
+      const Product<W> product{query_data + i * queries * size, key_data + offset, scores.data(), queries, size, seen};
+      product.arrange(arranged);
+      product.block(arranged.data(), 0, seen, nullptr);
+      for (int64_t q = 0; q < queries; q++) totals[q] = exponentials(scores.data() + q * seen, seen);
+      for (int64_t q = 0; q < queries; q += kAtOnce)
+        weigh<W>({scores.data(), seen}, totals.data(), value_data + offset, seen, size, q, queries,
+                 {context_data + i * queries * size, size});
+    });
+    return ffi::Error::Success();
+  });
+}
+
+// Rows of a table, widened.
+ffi::Error look_up(ffi::AnyBuffer table, ffi::BufferR1<ffi::S32> ids, ffi::ResultBufferR2<ffi::F32> rows) {
+  const int64_t entries = table.dimensions()[0], size = table.dimensions()[1];
+  return with_type(table, [&](auto* data) {
+    for (size_t i = 0; i < ids.element_count(); i++) {
+      const int64_t id = std::clamp<int64_t>(ids.typed_data()[i], 0, entries - 1);
+      for (int64_t d = 0; d < size; d += kVector) {
+        const __mmask16 mask = size - d < kVector ? (1 << (size - d)) - 1 : -1;
+        _mm512_mask_storeu_ps(rows->typed_data() + i * size + d, mask, load_neighbours(data + id * size + d, mask));
+      }
+    }
+    return ffi::Error::Success();
+  });
 }
 
 }  // namespace
@@ -279,6 +367,21 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffe
 XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_multiply, multiply,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::BufferR2<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                                  .Ret<ffi::BufferR2<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_attend, attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::BufferR4<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::BufferR1<ffi::S32>>()
+                                  .Ret<ffi::BufferR4<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_look_up, look_up,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::BufferR1<ffi::S32>>()
+                                  .Ret<ffi::BufferR2<ffi::F32>>());

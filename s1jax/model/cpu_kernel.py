@@ -1,4 +1,4 @@
-"""Products with a weight, of a few rows as fast as a CPU reads the weight: the kernel in cpu_kernel.cc.
+"""What decoding does most, as fast as a CPU reads its weights and its cache: the kernel in cpu_kernel.cc.
 
 It is for processors with AVX-512. It is compiled when it is first needed, in a few
 seconds, and kept in the user's cache. On other processors, and without a C++ compiler, XLA's own products are used.
@@ -17,25 +17,24 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from s1jax.compilation_cache import user_cache
 from s1jax.mesh import platform
 
 _SOURCE = Path(__file__).with_suffix(".cc")
-_TARGET = "s1jax_multiply"
-_INSTRUCTIONS = ("avx512f", "avx512bw")
-_FLAGS = ("-O3", "-mavx512f", "-mavx512bw", "-mtune=icelake-server", "-std=c++17", "-shared", "-fPIC", "-w")
+_FUNCTIONS = ("s1jax_multiply", "s1jax_attend", "s1jax_look_up")
+_INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl")
+_FLAGS = (
+    *("-O3", "-mtune=icelake-server", *(f"-m{name}" for name in _INSTRUCTIONS)),
+    *("-std=c++17", "-shared", "-fPIC", "-w"),
+)
 
 
 @jax.custom_vjp
-def multiply(
-    x: Float[Array, "*batch rows inputs"], weight: Float[Array, "*batch outputs inputs"]
-) -> Float[Array, "*batch rows outputs"]:
+def multiply(x: Float[Array, "rows inputs"], weight: Float[Array, "outputs inputs"]) -> Float[Array, "rows outputs"]:
     """`x` times the transposed `weight`, in float32, as `x` is; the weight has a dtype that is `available`."""
-    shape = jax.ShapeDtypeStruct((*x.shape[:-1], weight.shape[-2]), jnp.float32)
-    product: Array = jax.ffi.ffi_call(_TARGET, shape)(x, weight)
-    return product
+    return _call("s1jax_multiply", (x.shape[0], weight.shape[0]), x, weight)
 
 
 def _forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -44,14 +43,37 @@ def _forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _backward(operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, weight = operands
-    return gradient @ weight.astype(x.dtype), (gradient.swapaxes(-1, -2) @ x).astype(weight.dtype)
+    return gradient @ weight.astype(x.dtype), (gradient.T @ x).astype(weight.dtype)
 
 
 multiply.defvjp(_forward, _backward)
 
 
+def attend(
+    query: Float[Array, "batch kv_heads queries head_dim"],
+    keys: Float[Array, "batch kv_heads slots head_dim"],
+    values: Float[Array, "batch kv_heads slots head_dim"],
+    last: Int[Array, " batch"],
+) -> Float[Array, "batch kv_heads queries head_dim"]:
+    """Softmax attention of each row's queries over the slots 0..last of its cache; the others are not even read.
+
+    Float32, as the query is, which is scaled already; the cache has a dtype that is `available`. No gradients.
+    """
+    return _call("s1jax_attend", query.shape, query, keys, values, last.astype(jnp.int32))
+
+
+def look_up(table: Float[Array, "entries size"], ids: Int[Array, " ids"]) -> Float[Array, "ids size"]:
+    """Entries of a table that has a dtype that is `available`, in float32. No gradients."""
+    return _call("s1jax_look_up", (ids.shape[0], table.shape[1]), table, ids.astype(jnp.int32))
+
+
+def _call(function: str, shape: tuple[int, ...], *arguments: Array) -> Array:
+    result: Array = jax.ffi.ffi_call(function, jax.ShapeDtypeStruct(shape, jnp.float32))(*arguments)
+    return result
+
+
 def available(dtype: DTypeLike) -> bool:
-    """Whether the kernel multiplies with such a weight where the program will run, which must be one device.
+    """Whether the kernel takes such a weight or cache where the program will run, which must be one device.
 
     The first call compiles it, or says why it cannot.
     """
@@ -73,7 +95,8 @@ def _register() -> bool:
     except (OSError, subprocess.CalledProcessError) as error:
         reason = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         return _unavailable(f"{compiler}: {reason.strip()[-400:]}")
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(library.s1jax_multiply), platform="cpu")
+    for name in _FUNCTIONS:
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return True
 
 

@@ -64,20 +64,22 @@ def look_up(
     """Entries of a table, in `dtype`."""
     if table.dtype.itemsize > jnp.dtype(dtype).itemsize:
         table = table.astype(dtype)
-    as_bits = platform() == "cpu" and table.dtype.itemsize == 2
-    entries = _look_up_bits(table, ids) if as_bits else table[ids]
+    half_on_cpu = platform() == "cpu" and table.dtype.itemsize == 2
+    entries = _look_up_on_cpu(table, ids) if half_on_cpu else table[ids]
     return entries.astype(dtype)
 
 
 @jax.custom_vjp
-def _look_up_bits(table: Array, ids: Array) -> Array:
-    # As integers, which a CPU leaves as they are: of half-precision numbers XLA writes a float32 copy of the table.
+def _look_up_on_cpu(table: Array, ids: Array) -> Array:
+    """Entries of a table of half precision, of which XLA writes a float32 copy; of integers a copy of that size."""
+    if cpu_kernel.available(table.dtype):
+        return cpu_kernel.look_up(table, ids.reshape(-1)).astype(table.dtype).reshape(*ids.shape, -1)
     bits = jax.lax.bitcast_convert_type(table, jnp.uint16)
     return jax.lax.bitcast_convert_type(bits[ids], table.dtype)
 
 
 def _look_up_forward(table: Array, ids: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _look_up_bits(table, ids), (table, ids)
+    return _look_up_on_cpu(table, ids), (table, ids)
 
 
 def _look_up_backward(operands: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
@@ -85,4 +87,4 @@ def _look_up_backward(operands: tuple[Array, Array], gradient: Array) -> tuple[A
     return jnp.zeros_like(table).at[ids].add(gradient), None
 
 
-_look_up_bits.defvjp(_look_up_forward, _look_up_backward)
+_look_up_on_cpu.defvjp(_look_up_forward, _look_up_backward)

@@ -58,14 +58,13 @@ def test_a_bfloat16_weight_under_float32_has_the_products_of_its_float32_copy(ro
         np.testing.assert_allclose(jax.jit(widening)(x, stored), exact, rtol=1e-5, atol=2e-5)
 
 
-HAS_KERNEL = {"avx512f", "avx512bw"} <= set(Path("/proc/cpuinfo").read_text().split())
+HAS_KERNEL = {"avx512f", "avx512bw", "avx512vl"} <= set(Path("/proc/cpuinfo").read_text().split())
 needs_kernel = pytest.mark.skipif(not HAS_KERNEL, reason="the kernel is for processors with AVX-512")
 
 
 @needs_kernel
 @settings(deadline=None, max_examples=40)
 @given(
-    batch=st.lists(st.integers(1, 3), max_size=2),
     rows=st.integers(1, 80),
     # More than are computed at once, too.
     inputs=st.integers(1, 200) | st.integers(850, 2000),
@@ -73,16 +72,49 @@ needs_kernel = pytest.mark.skipif(not HAS_KERNEL, reason="the kernel is for proc
     half=st.booleans(),
     seed=st.integers(0, 9),
 )
-def test_the_kernel_multiplies_any_shape(
-    batch: list[int], rows: int, inputs: int, outputs: int, half: bool, seed: int
-) -> None:
+def test_the_kernel_multiplies_any_shape(rows: int, inputs: int, outputs: int, half: bool, seed: int) -> None:
     dtype = jnp.bfloat16 if half else jnp.float32
     assert cpu_kernel.available(dtype)
     rng = np.random.default_rng(seed)
-    x = jnp.asarray(rng.normal(size=(*batch, rows, inputs)), jnp.float32)
-    weight = jnp.asarray(rng.normal(size=(*batch, outputs, inputs)), dtype)
-    exact = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).swapaxes(-1, -2)
+    x = jnp.asarray(rng.normal(size=(rows, inputs)), jnp.float32)
+    weight = jnp.asarray(rng.normal(size=(outputs, inputs)), dtype)
+    exact = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
     np.testing.assert_allclose(cpu_kernel.multiply(x, weight), exact, rtol=1e-5, atol=1e-4)
+
+
+@needs_kernel
+@settings(deadline=None, max_examples=40)
+@given(
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    queries=st.integers(1, 17),
+    slots=st.integers(1, 300),
+    head_dim=st.integers(1, 140),
+    half=st.booleans(),
+    scale=st.sampled_from([0.01, 1.0, 30.0]),
+    seed=st.integers(0, 9),
+)
+def test_the_kernel_attends_over_the_slots_up_to_the_last(
+    batch: int, kv_heads: int, queries: int, slots: int, head_dim: int, half: bool, scale: float, seed: int
+) -> None:
+    dtype = jnp.bfloat16 if half else jnp.float32
+    rng = np.random.default_rng(seed)
+    query = jnp.asarray(rng.normal(size=(batch, kv_heads, queries, head_dim)) * scale / head_dim**0.5, jnp.float32)
+    keys, values = (rng.normal(size=(batch, kv_heads, slots, head_dim)) for _ in range(2))
+    last = rng.integers(0, slots, batch)
+    for row in range(batch):  # What lies behind the last one is never read.
+        keys[row, :, last[row] + 1 :] = values[row, :, last[row] + 1 :] = np.nan
+    keys, values = jnp.asarray(keys, dtype), jnp.asarray(values, dtype)
+    context = cpu_kernel.attend(query, keys, values, jnp.asarray(last))
+    for row in range(batch):
+        seen = slice(0, last[row] + 1)
+        scores = np.einsum(
+            "kqd,ksd->kqs", np.asarray(query[row], np.float64), np.asarray(keys[row, :, seen], np.float64)
+        )
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        expected = np.einsum("kqs,ksd->kqd", weights, np.asarray(values[row, :, seen], np.float64))
+        np.testing.assert_allclose(context[row], expected, rtol=1e-4, atol=2e-5)
 
 
 @needs_kernel
