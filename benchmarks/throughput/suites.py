@@ -98,7 +98,7 @@ def _decode_steps(
         answer = player.do("generate", prompts=prompts, new_tokens=_NEW_TOKENS)
         written[player.name] = answer.result
         if player.name == OURS and len(prompts) == 1:
-            reads.append(player.do("read").seconds)
+            reads.append(player.do("read").result)
         return (answer.seconds - first) / (_NEW_TOKENS - 1)
 
     seconds = _turns(players, measure, rounds)

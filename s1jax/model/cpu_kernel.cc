@@ -32,6 +32,9 @@ constexpr int64_t kVector = 16, kGroup = 2 * kVector, kCacheLine = 64;
 // What a thread takes at a time: a part of the weight that stays in its cache while all rows pass over it.
 constexpr int64_t kBlockBytes = 128 * 1024;
 
+// Into so many blocks at least, so that threads end together.
+constexpr int64_t kShares = 16;
+
 // Of many rows, so many inputs at a time: then those of a tile of x stay in the nearest cache.
 constexpr int64_t kInputsAtOnce = 896;
 
@@ -166,7 +169,8 @@ struct Product {
     return divide_up(divide_up(inputs, parts), kGroup) * kGroup;
   }
   int64_t block_width() const {
-    return std::max<int64_t>(1, kBlockBytes / (part_length() * sizeof(W)) / kOutputs) * kOutputs;
+    const int64_t fitting = kBlockBytes / (part_length() * sizeof(W)), shared = divide_up(outputs, kShares);
+    return std::max<int64_t>(1, std::min(fitting, shared) / kOutputs) * kOutputs;
   }
 
   // x in the order in which it is read: parts, in them tiles, in these vectors of each row in turn; parts are filled
