@@ -8,19 +8,27 @@ import pytest
 from transformers import AutoTokenizer
 
 from s1jax.tokenizer import load_tokenizer
+from tests import tiny
 
-TEXTS = ["3 + 4 is 7.\n\n", "<|im_start|>think\nWait, <think>é</think>", "  two  spaces\t"]
+TEXTS = [
+    "3 + 4 is 7.\n\n",
+    "12 * 5 = 60.\nWe'll see: 3,000",
+    "<|im_start|>think\nWait, <think>é</think>",
+    "  two  spaces\t",
+]
 
 
-def test_it_is_the_one_that_transformers_chooses(tokenizer_directory: Path) -> None:
-    ours, theirs = load_tokenizer(tokenizer_directory), AutoTokenizer.from_pretrained(tokenizer_directory)
+def test_it_is_the_one_that_transformers_chooses(tmp_path: Path) -> None:
+    directory = tiny.model_directory(tmp_path / "model")
+    ours, theirs = load_tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    assert type(ours) is not type(theirs)
     assert ours.get_vocab() == theirs.get_vocab()
     assert ours.chat_template == theirs.chat_template
     for text in TEXTS:
         ids = ours.encode(text, add_special_tokens=False)
         assert ids == theirs.encode(text, add_special_tokens=False)
         assert ours.decode(ids, skip_special_tokens=False) == text
-    assert load_tokenizer(tokenizer_directory) is ours
+    assert load_tokenizer(directory) is ours
 
 
 def test_reading_it_does_not_import_torch(tokenizer_directory: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
@@ -12,6 +12,11 @@ _CHAT_TEMPLATE = (
     "{%- for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Qwen2.5's tokenizer cuts a text before it looks for pairs. transformers does so for any directory of this kind of
+model, whatever its tokenizer.json says."""
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _ADDED = ("<|fim_pad|>", "<think>", "</think>")
 
@@ -31,6 +36,11 @@ def build_tokenizer(directory: Path, corpus: Sequence[str], vocab_size: int) -> 
         show_progress=False,
     )
     bpe.train_from_iterator(corpus, trainer)
+    bpe.normalizer = normalizers.NFC()
+    pieces = pre_tokenizers.Split(Regex(_PIECES), behavior="isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     bpe.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in _SPECIAL])
     bpe.add_tokens([AddedToken(text, special=False, normalized=False) for text in _ADDED])
     fast = PreTrainedTokenizerFast(

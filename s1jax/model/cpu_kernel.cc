@@ -35,7 +35,7 @@ constexpr int64_t kBlockBytes = 128 * 1024;
 // Into so many blocks at least, so that threads end together.
 constexpr int64_t kShares = 16;
 
-// Of many rows, so many inputs at a time: then those of a tile of x stay in the nearest cache.
+// So many inputs at a time: then those of a tile of x stay in the nearest cache.
 constexpr int64_t kInputsAtOnce = 896;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -74,7 +74,15 @@ struct Group<BFloat16> {
   }
 };
 
-// The sums of the lanes of eight vectors: half the shuffles of one vector at a time.
+// The sum of the lanes of a vector, and of each of eight with half the shuffles; both in the same order, so that a row's
+// numbers do not depend on the rows beside it.
+inline float sum_lanes(__m512 of) {
+  __m128 four = _mm_add_ps(_mm_add_ps(_mm512_extractf32x4_ps(of, 0), _mm512_extractf32x4_ps(of, 1)),
+                           _mm_add_ps(_mm512_extractf32x4_ps(of, 2), _mm512_extractf32x4_ps(of, 3)));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
 inline void sum_lanes(const __m512 (&of)[8], float (&sums)[8]) {
   __m512 quarters[4];
   for (int i = 0; i < 4; i++)  // Each then holds the lanes of two, in quarters: a a b b.
@@ -139,7 +147,7 @@ void tile(const float* x, Matrix<const W> weight, int64_t inputs, Matrix<float> 
     if constexpr (Rows == 8)
       sum_lanes(sums[o], totals);
     else
-      for (int r = 0; r < Rows; r++) totals[r] = _mm512_reduce_add_ps(sums[o][r]);
+      for (int r = 0; r < Rows; r++) totals[r] = sum_lanes(sums[o][r]);
     for (int r = 0; r < Rows; r++) *y.at(r, o) = totals[r] + (add ? *y.at(r, o) : 0);
   }
 }
@@ -161,12 +169,10 @@ struct Product {
   float* y;         // rows x outputs
   int64_t rows, inputs, outputs;
 
-  bool few_rows() const { return rows <= kRows; }
   int64_t tiles() const { return divide_up(rows, kRows); }
   int64_t tile_begin(int64_t tile) const { return rows * tile / tiles(); }
   int64_t part_length() const {
-    const int64_t parts = few_rows() ? 1 : divide_up(inputs, kInputsAtOnce);
-    return divide_up(divide_up(inputs, parts), kGroup) * kGroup;
+    return divide_up(divide_up(inputs, divide_up(inputs, kInputsAtOnce)), kGroup) * kGroup;
   }
   int64_t block_width() const {
     const int64_t fitting = kBlockBytes / (part_length() * sizeof(W)), shared = divide_up(outputs, kShares);

@@ -83,6 +83,17 @@ def test_the_kernel_multiplies_any_shape(rows: int, inputs: int, outputs: int, h
 
 
 @needs_kernel
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_numbers_of_a_row_do_not_depend_on_the_rows_beside_it(dtype: type) -> None:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(21, 2000)), jnp.float32)
+    weight = jnp.asarray(rng.normal(size=(50, 2000)), dtype)
+    together = cpu_kernel.multiply(x, weight)
+    for count in (1, 3, 8, 9, 17):
+        np.testing.assert_array_equal(cpu_kernel.multiply(x[:count], weight), together[:count])
+
+
+@needs_kernel
 @settings(deadline=None, max_examples=40)
 @given(
     batch=st.integers(1, 3),
