@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from s1jax.mesh import Axes, constrain, named_sharding
+from s1jax.mesh import Axes, constrain, named_sharding, platform
 from s1jax.model.attention import CachedHeads, Implementation, KeyValueHeads, attention, cached_attention
 from s1jax.model.config import QwenConfig
+from s1jax.model.cpu_gradients import gated, normalised, trained_projection
 from s1jax.model.projection import look_up, project
 from s1jax.model.rope import rope_frequencies, rope_rotations, rotate
 
@@ -82,6 +83,13 @@ class _Weights(NamedTuple):
         return self(tuple(sizes), *sizes.values())
 
 
+def _project(x: Float[Array, "..."], weight: nnx.Param, *, inputs: int = 1, outputs_first: bool) -> Float[Array, "..."]:
+    """`project`, on a CPU with gradients made for it."""
+    if outputs_first or platform() != "cpu":
+        return project(x, weight[...], inputs=inputs, outputs_first=outputs_first)
+    return trained_projection(x, weight[...], inputs)
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation over the last dimension, in float32."""
 
@@ -91,6 +99,8 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*shape size"]) -> Float[Array, "*shape size"]:
         """Normalise; the result has the dtype of `x`."""
+        if platform() == "cpu":
+            return normalised(x, self.scale[...], self.epsilon)
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
         return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
@@ -126,7 +136,7 @@ class Attention(nnx.Module):
         # Gathered along the sequence once for all three projections, whose heads are then where attention wants them.
         x = constrain(x, "batch", "length", None)
         query, key, value = (
-            project(x, weight[...], outputs_first=self.outputs_first) for weight in (self.query, self.key, self.value)
+            _project(x, weight, outputs_first=self.outputs_first) for weight in (self.query, self.key, self.value)
         )
         if self.config.attention_bias:
             query += self.query_bias[...].astype(x.dtype)
@@ -143,7 +153,7 @@ class Attention(nnx.Module):
             context = cached_attention(query[:, 0], *cache, inputs.positions[:, 0])[:, None]
         else:
             context = attention(query, key, value, segment_ids=inputs.segment_ids, implementation=self.implementation)
-        return project(context, self.output[...], inputs=2, outputs_first=self.outputs_first), cache
+        return _project(context, self.output, inputs=2, outputs_first=self.outputs_first), cache
 
 
 def _write(
@@ -173,10 +183,11 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Hidden) -> Hidden:
         """Apply the block to each token."""
-        gate = checkpoint_name(project(x, self.gate[...], outputs_first=self.outputs_first), "gate")
-        up = project(x, self.up[...], outputs_first=self.outputs_first)
-        inner = constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
-        return project(inner, self.down[...], outputs_first=self.outputs_first)
+        gate = checkpoint_name(_project(x, self.gate, outputs_first=self.outputs_first), "gate")
+        up = _project(x, self.up, outputs_first=self.outputs_first)
+        inner = gated(gate, up) if platform() == "cpu" else jax.nn.silu(gate) * up
+        inner = constrain(inner, "batch", "length", "mlp")
+        return _project(inner, self.down, outputs_first=self.outputs_first)
 
 
 class _Inputs(NamedTuple):

@@ -1,0 +1,86 @@
+"""Parts of a layer with gradients of their own, for training on a CPU.
+
+They keep less for the backward pass than automatic differentiation does, and leave XLA no products for which it would
+write transposed copies, computing what they are made of again for each copy, out of order in memory.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from s1jax.model.projection import project
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def trained_projection(x: Float[Array, "..."], weight: Float[Array, "..."], inputs: int) -> Float[Array, "..."]:
+    """`project` with a weight that has the dimensions of its `inputs` first."""
+    return project(x, weight, inputs=inputs, outputs_first=False)
+
+
+def _project_forward(x: Array, weight: Array, inputs: int) -> tuple[Array, tuple[Array, Array]]:
+    # Not `trained_projection`: what to keep for the backward pass is chosen among the products seen here.
+    return project(x, weight, inputs=inputs, outputs_first=False), (x, weight)
+
+
+def _project_backward(inputs: int, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, weight = kept
+    size = math.prod(weight.shape[:inputs])
+    # As matrices: of arrays with more dimensions XLA transposes the copies that it multiplies.
+    rows, gradients, matrix = x.reshape(-1, size), gradient.reshape(-1, weight.size // size), weight.reshape(size, -1)
+    of_x = _dot(gradients, matrix.astype(x.dtype), 1, 1)
+    of_weight = _dot(rows, gradients, 0, 0)
+    return of_x.reshape(x.shape).astype(x.dtype), of_weight.reshape(weight.shape).astype(weight.dtype)
+
+
+def _dot(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
+    axes = (((left_axis,), (right_axis,)), ((), ()))
+    return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
+
+
+trained_projection.defvjp(_project_forward, _project_backward)
+
+
+@jax.custom_vjp
+def gated(gate: Float[Array, "*shape"], up: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """silu(gate) * up."""
+    return jax.nn.silu(gate) * up
+
+
+def _gated_forward(gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
+    return jax.nn.silu(gate) * up, (gate, up)
+
+
+def _gated_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    gate, up = kept
+    open_ = jax.nn.sigmoid(gate)
+    return gradient * up * open_ * (1 + gate * (1 - open_)), gradient * gate * open_
+
+
+gated.defvjp(_gated_forward, _gated_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def normalised(x: Float[Array, "*shape size"], scale: Float[Array, " size"], epsilon: float) -> Float[Array, "..."]:
+    """Root-mean-square normalisation over the last dimension in float32, then scaled; in the dtype of `x`."""
+    return _normalise_forward(x, scale, epsilon)[0]
+
+
+def _normalise_forward(x: Array, scale: Array, epsilon: float) -> tuple[Array, tuple[Array, Array, Array]]:
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + epsilon)
+    return (wide * inverse).astype(x.dtype) * scale.astype(x.dtype), (x, scale, inverse)
+
+
+def _normalise_backward(epsilon: float, kept: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, scale, inverse = kept
+    normal, gradient = x.astype(jnp.float32) * inverse, gradient.astype(jnp.float32)
+    of_normal = gradient * scale
+    shared = jnp.mean(of_normal * normal, axis=-1, keepdims=True)
+    of_scale = jnp.sum(gradient * normal, axis=tuple(range(x.ndim - 1)))
+    return (inverse * (of_normal - normal * shared)).astype(x.dtype), of_scale.astype(scale.dtype)
+
+
+normalised.defvjp(_normalise_forward, _normalise_backward)
