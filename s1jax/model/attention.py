@@ -14,8 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from s1jax.mesh import LOGICAL_AXES, platform
 from s1jax.model import cpu_kernel
+from s1jax.model.block_attention import BLOCK, block_attention
 
-Implementation = Literal["auto", "plain", "chunked", "cudnn", "triton", "splash"]
+Implementation = Literal["auto", "plain", "chunked", "blocks", "cudnn", "triton", "splash"]
 Heads = Float[Array, "batch length heads head_dim"]
 KeyValueHeads = Float[Array, "batch length kv_heads head_dim"]
 CachedHeads = Float[Array, "batch kv_heads slots head_dim"]
@@ -38,8 +39,9 @@ def attention(
 
     `segment_ids` (0 = padding) confine each query to the keys of its own segment.
 
-    `implementation`: "plain" holds all scores at once; "chunked" a bounded number, on any platform; "cudnn" (no
-    segment ids, half precision) and "triton" are for GPU, "splash" for TPU; "auto" takes the best that applies.
+    `implementation`: "plain" holds all scores at once; "chunked" a bounded number, on any platform; "blocks" is for
+    CPU, "cudnn" (no segment ids, half precision) and "triton" for GPU, "splash" for TPU; "auto" takes the best that
+    applies.
     Raises ValueError where an implementation named outright does not apply.
     """
     key, value = _repeat_for_tensor_axis(key, 2), _repeat_for_tensor_axis(value, 2)
@@ -73,8 +75,12 @@ def cached_attention(
     return (context / total).astype(query.dtype).reshape(query.shape)
 
 
-def _choose(query: Heads, segment_ids: Array | None) -> Literal["plain", "chunked", "cudnn", "triton", "splash"]:
+def _choose(
+    query: Heads, segment_ids: Array | None
+) -> Literal["plain", "chunked", "blocks", "cudnn", "triton", "splash"]:
     length = query.shape[1]
+    if length > BLOCK and platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1:
+        return "blocks"
     if length % 128 == 0:
         on = platform()
         if on == "tpu":
@@ -218,4 +224,9 @@ def _splash(query: Heads, key: KeyValueHeads, value: KeyValueHeads, segment_ids:
     return jnp.swapaxes(jax.vmap(partial(row), in_axes=axes)(q, k, v, segment_ids), 1, 2)
 
 
-_FLASH: dict[str, Callable[..., Heads]] = {"cudnn": _cudnn, "triton": _triton, "splash": _splash}
+_FLASH: dict[str, Callable[..., Heads]] = {
+    "blocks": block_attention,
+    "cudnn": _cudnn,
+    "triton": _triton,
+    "splash": _splash,
+}

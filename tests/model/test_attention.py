@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s1jax.model import attention as module
+from s1jax.model import block_attention
 from s1jax.model.attention import attention, cached_attention
 from tests.reference.attention import reference_attention
 
@@ -71,6 +72,44 @@ def test_chunked_equals_plain_with_gradients(length: int, segments: bool) -> Non
         strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    length=st.sampled_from([1, 7, 8, 9, 40]),
+    groups=st.sampled_from([1, 3]),
+    examples=st.sampled_from([0, 1, 3, 9]),
+    sorted_ids=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_blocks_equal_the_formula_with_gradients(
+    length: int, groups: int, examples: int, sorted_ids: bool, seed: int
+) -> None:
+    """Rows of up to 9 examples and padding, of no example but padding, and, not `sorted_ids`, in any order."""
+    qkv = arrays(2, length, length, 2 * groups, 2, seed)
+    ids = np.random.default_rng(seed).integers(0, examples + 1, (2, length))
+    if sorted_ids:
+        # Ascending, and padding (0) at the end.
+        ids = np.sort(ids, axis=1)
+        ids = np.array([np.roll(row, -np.count_nonzero(row == 0)) for row in ids])
+    segment_ids = jnp.asarray(ids)
+    weights = jax.random.normal(jax.random.key(seed), qkv[0].shape)
+
+    def loss(qkv, implementation):
+        out = attention(*qkv, segment_ids=segment_ids, implementation=implementation)
+        return jnp.sum(weights * jnp.sin(out)), out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_attention, "BLOCK", 8)
+        grads, out = jax.grad(loss, has_aux=True)(qkv, "blocks")
+    np.testing.assert_allclose(out, reference_attention(*qkv, None, segment_ids), rtol=1e-5, atol=1e-5)
+    for ours, plain in zip(grads, jax.grad(loss, has_aux=True)(qkv, "plain")[0], strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_of_other_examples_are_skipped() -> None:
+    segments = jnp.asarray([[[1, 1], [1, 2], [2, 2], [3, 3], [3, 4], [9, 9]]]).swapaxes(0, 1)
+    assert block_attention._first_blocks(segments).tolist() == [0, 0, 1, 3, 3, 5]
 
 
 def test_chunked_memory_does_not_grow_with_the_length_squared() -> None:
