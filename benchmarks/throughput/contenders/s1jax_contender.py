@@ -13,15 +13,12 @@ from benchmarks.throughput.contenders.protocol import serve
 from benchmarks.throughput.contest import THREADS
 from s1jax import ThinkingBudget, generate, load
 from s1jax.compilation_cache import keep_compilations
-from s1jax.config import ModelSection, OptimizerSection
-from s1jax.data.examples import Example
-from s1jax.data.loader import StepLoader
+from s1jax.config import DataSection, ModelSection, OptimizerSection
 from s1jax.decoding.profiles import DelimiterProfile
 from s1jax.mesh import make_mesh
 from s1jax.model.config import QwenConfig
 from s1jax.model.hf import load_params
 from s1jax.model.qwen import Qwen
-from s1jax.training.step import batch_sharding, compile_step, init_state
 
 _UNENDING = DelimiterProfile(name="unending", eos=("<|fim_pad|>",))
 """Its answers end with a token that no model writes on its own."""
@@ -62,6 +59,9 @@ class S1jax:
 
     def load_for_training(self, model: str, dtype: str, **_: int) -> dict[str, str]:
         """Read the model and make an optimiser's state beside it; returns the versions of what runs it."""
+        # Here: who decodes does not import what trains, and a start counts imports.
+        from s1jax.training.step import compile_step, init_state
+
         keep_compilations()
         self._mesh = make_mesh()
         qwen = Qwen(QwenConfig.from_directory(Path(model)), dtype=jnp.dtype(dtype))
@@ -72,7 +72,11 @@ class S1jax:
         return {name: version(name) for name in ("s1jax", "jax", "jaxlib")}
 
     def train(self, examples: list[list[int]], batch_size: int, **_: int) -> float:
-        """One pass of packed optimiser steps over the examples; returns the last loss."""
+        """One pass of optimiser steps over the examples, packed as `train.py` packs them; returns the last loss."""
+        from s1jax.data.examples import Example
+        from s1jax.data.loader import StepLoader
+        from s1jax.training.step import batch_sharding
+
         loader = StepLoader(
             [Example(np.array(ids, np.int32), np.ones(len(ids), bool)) for ids in examples],
             batch_size=batch_size,
@@ -81,7 +85,7 @@ class S1jax:
             seed=0,
             packing=True,
             loss_average="sample",
-            max_row_length=max(map(len, examples)),
+            max_row_length=DataSection(path="").block_size,
             num_microbatches=1,
             num_shards=1,
             row_shard=(0, 1),
