@@ -15,7 +15,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Raises OSError or ValueError without one.
 
     Not by `AutoTokenizer` unless there is no such file: that imports torch where it is installed, for a second, and
-    builds the class that tokenizer_config.json names from what this class should be.
+    cuts texts as the class does that it takes for this kind of model, whatever tokenizer.json says.
     """
     if Path(path).is_dir() and not Path(path, _TOKENIZER_FILE).is_file():
         from transformers import AutoTokenizer

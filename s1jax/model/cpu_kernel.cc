@@ -285,18 +285,20 @@ inline __m512 exponential(__m512 x) {
   return _mm512_scalef_ps(sum, whole);
 }
 
+// The lanes of a vector that are filled when so many elements are left.
+inline __mmask16 lanes(int64_t left) { return left < kVector ? (1 << left) - 1 : -1; }
+
 // Makes exponentials of n scores, less the greatest, and returns their sum.
 inline float exponentials(float* scores, int64_t n) {
-  const auto mask = [n](int64_t i) -> __mmask16 { return n - i < kVector ? (1 << (n - i)) - 1 : -1; };
   const __m512 lowest = _mm512_set1_ps(-INFINITY);
   __m512 greatest = lowest, sum = _mm512_setzero_ps();
   for (int64_t i = 0; i < n; i += kVector)
-    greatest = _mm512_max_ps(greatest, _mm512_mask_loadu_ps(lowest, mask(i), scores + i));
+    greatest = _mm512_max_ps(greatest, _mm512_mask_loadu_ps(lowest, lanes(n - i), scores + i));
   greatest = _mm512_set1_ps(_mm512_reduce_max_ps(greatest));
   for (int64_t i = 0; i < n; i += kVector) {
-    const __m512 power = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask(i), scores + i), greatest));
-    sum = _mm512_mask_add_ps(sum, mask(i), sum, power);
-    _mm512_mask_storeu_ps(scores + i, mask(i), power);
+    const __m512 power = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(lanes(n - i), scores + i), greatest));
+    sum = _mm512_mask_add_ps(sum, lanes(n - i), sum, power);
+    _mm512_mask_storeu_ps(scores + i, lanes(n - i), power);
   }
   return _mm512_reduce_add_ps(sum);
 }
@@ -314,7 +316,7 @@ template <class V>
 void weigh(Matrix<const float> weights, const float* totals, const V* values, int64_t slots, int64_t size,
            int64_t first, int64_t end, Matrix<float> y) {
   for (int64_t d = 0; d < size; d += kVector) {
-    const __mmask16 mask = size - d < kVector ? (1 << (size - d)) - 1 : -1;
+    const __mmask16 mask = lanes(size - d);
     __m512 sums[kAtOnce] = {};
     const float* of_query[kAtOnce];
     for (int q = 0; q < kAtOnce; q++) of_query[q] = weights.at(std::min(first + q, end - 1));
@@ -364,7 +366,7 @@ ffi::Error look_up(ffi::AnyBuffer table, ffi::BufferR1<ffi::S32> ids, ffi::Resul
     for (size_t i = 0; i < ids.element_count(); i++) {
       const int64_t id = std::clamp<int64_t>(ids.typed_data()[i], 0, entries - 1);
       for (int64_t d = 0; d < size; d += kVector) {
-        const __mmask16 mask = size - d < kVector ? (1 << (size - d)) - 1 : -1;
+        const __mmask16 mask = lanes(size - d);
         _mm512_mask_storeu_ps(rows->typed_data() + i * size + d, mask, load_neighbours(data + id * size + d, mask));
       }
     }
