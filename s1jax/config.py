@@ -25,7 +25,7 @@ class ModelSection:
     param_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="dtype of the parameters in memory; null: as the command needs (training: float32)"
     )
-    attention: Literal["auto", "plain", "chunked", "blocks", "cudnn", "triton", "splash"] = Field(
+    attention: Literal["auto", "plain", "chunked", "blocks", "kernel", "cudnn", "triton", "splash"] = Field(
         default="auto", description="attention implementation"
     )
 

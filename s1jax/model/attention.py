@@ -16,7 +16,7 @@ from s1jax.mesh import LOGICAL_AXES, platform
 from s1jax.model import cpu_kernel
 from s1jax.model.block_attention import BLOCK, block_attention
 
-Implementation = Literal["auto", "plain", "chunked", "blocks", "cudnn", "triton", "splash"]
+Implementation = Literal["auto", "plain", "chunked", "blocks", "kernel", "cudnn", "triton", "splash"]
 Heads = Float[Array, "batch length heads head_dim"]
 KeyValueHeads = Float[Array, "batch length kv_heads head_dim"]
 CachedHeads = Float[Array, "batch kv_heads slots head_dim"]
@@ -39,9 +39,9 @@ def attention(
 
     `segment_ids` (0 = padding) confine each query to the keys of its own segment.
 
-    `implementation`: "plain" holds all scores at once; "chunked" a bounded number, on any platform; "blocks" is for
-    CPU, "cudnn" (no segment ids, half precision) and "triton" for GPU, "splash" for TPU; "auto" takes the best that
-    applies.
+    `implementation`: "plain" holds all scores at once; "chunked" a bounded number, on any platform; "blocks" and
+    "kernel" (one device with AVX-512; computes in float32) are for CPU, "cudnn" (no segment ids, half precision) and
+    "triton" for GPU, "splash" for TPU; "auto" takes the best that applies.
     Raises ValueError where an implementation named outright does not apply.
     """
     key, value = _repeat_for_tensor_axis(key, 2), _repeat_for_tensor_axis(value, 2)
@@ -77,8 +77,10 @@ def cached_attention(
 
 def _choose(
     query: Heads, segment_ids: Array | None
-) -> Literal["plain", "chunked", "blocks", "cudnn", "triton", "splash"]:
+) -> Literal["plain", "chunked", "blocks", "kernel", "cudnn", "triton", "splash"]:
     length = query.shape[1]
+    if cpu_kernel.available(jnp.float32):
+        return "kernel"
     if length > BLOCK and platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1:
         return "blocks"
     if length % 128 == 0:
@@ -179,6 +181,15 @@ def _sharded(
     )
 
 
+def _kernel(query: Heads, key: KeyValueHeads, value: KeyValueHeads, segment_ids: Array | None) -> Heads:
+    if not cpu_kernel.available(jnp.float32):
+        raise ValueError("attention: kernel runs on one CPU device with AVX-512")
+    if segment_ids is None:
+        segment_ids = jnp.ones(query.shape[:2], jnp.int32)
+    wide = (x.astype(jnp.float32) for x in (query, key, value))
+    return cpu_kernel.packed_attention(*wide, segment_ids).astype(query.dtype)
+
+
 def _cudnn(query: Heads, key: KeyValueHeads, value: KeyValueHeads, segment_ids: Array | None) -> Heads:
     if segment_ids is not None:
         raise ValueError("attention: cudnn has no segment ids; use triton for packed rows")
@@ -226,6 +237,7 @@ def _splash(query: Heads, key: KeyValueHeads, value: KeyValueHeads, segment_ids:
 
 _FLASH: dict[str, Callable[..., Heads]] = {
     "blocks": block_attention,
+    "kernel": _kernel,
     "cudnn": _cudnn,
     "triton": _triton,
     "splash": _splash,

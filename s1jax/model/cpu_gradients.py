@@ -1,46 +1,10 @@
-"""Parts of a layer with gradients of their own, for training on a CPU.
+"""Parts of a layer with gradients of their own, for training on a CPU: less is kept for the backward pass."""
 
-They keep less for the backward pass than automatic differentiation does, and leave XLA no products for which it would
-write transposed copies, computing what they are made of again for each copy, out of order in memory.
-"""
-
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-
-from s1jax.model.projection import project
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def trained_projection(x: Float[Array, "..."], weight: Float[Array, "..."], inputs: int) -> Float[Array, "..."]:
-    """`project` with a weight that has the dimensions of its `inputs` first."""
-    return project(x, weight, inputs=inputs, outputs_first=False)
-
-
-def _project_forward(x: Array, weight: Array, inputs: int) -> tuple[Array, tuple[Array, Array]]:
-    # Not `trained_projection`: what to keep for the backward pass is chosen among the products seen here.
-    return project(x, weight, inputs=inputs, outputs_first=False), (x, weight)
-
-
-def _project_backward(inputs: int, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, weight = kept
-    size = math.prod(weight.shape[:inputs])
-    # As matrices: of arrays with more dimensions XLA transposes the copies that it multiplies.
-    rows, gradients, matrix = x.reshape(-1, size), gradient.reshape(-1, weight.size // size), weight.reshape(size, -1)
-    of_x = _dot(gradients, matrix.astype(x.dtype), 1, 1)
-    of_weight = _dot(rows, gradients, 0, 0)
-    return of_x.reshape(x.shape).astype(x.dtype), of_weight.reshape(weight.shape).astype(weight.dtype)
-
-
-def _dot(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
-    axes = (((left_axis,), (right_axis,)), ((), ()))
-    return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
-
-
-trained_projection.defvjp(_project_forward, _project_backward)
 
 
 @jax.custom_vjp

@@ -1,7 +1,7 @@
-"""What decoding does most, as fast as a CPU reads its weights and its cache: the kernel in cpu_kernel.cc.
+"""What decoding and training do most, as fast as a CPU reads or multiplies: the kernels in the folder `cpu`.
 
-It is for processors with AVX-512. It is compiled when it is first needed, in a few
-seconds, and kept in the user's cache. On other processors, and without a C++ compiler, XLA's own products are used.
+They are for processors with AVX-512, and compiled when they are first needed, in some seconds, and kept in the user's
+cache. On other processors, and without a C++ compiler, XLA's own products are used.
 """
 
 import ctypes
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,12 @@ from jaxtyping import Array, Float, Int
 from s1jax.compilation_cache import user_cache
 from s1jax.mesh import platform
 
-_SOURCE = Path(__file__).with_suffix(".cc")
-_FUNCTIONS = ("s1jax_multiply", "s1jax_attend", "s1jax_look_up")
+_FOLDER = Path(__file__).parent / "cpu"
+MATMUL = "s1jax_matmul"
+_FUNCTIONS = (
+    *("s1jax_multiply", "s1jax_attend", "s1jax_look_up"),
+    *(MATMUL, "s1jax_attention", "s1jax_attention_gradients"),
+)
 _INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl")
 _FLAGS = (
     *("-O3", "-mtune=icelake-server", *(f"-m{name}" for name in _INSTRUCTIONS)),
@@ -31,22 +36,13 @@ _FLAGS = (
 )
 
 
-@jax.custom_vjp
 def multiply(x: Float[Array, "rows inputs"], weight: Float[Array, "outputs inputs"]) -> Float[Array, "rows outputs"]:
-    """`x` times the transposed `weight`, in float32, as `x` is; the weight has a dtype that is `available`."""
-    return _call("s1jax_multiply", (x.shape[0], weight.shape[0]), x, weight)
+    """`x` times the transposed `weight`, in float32; the weight has a dtype that is `available`. No gradients.
 
-
-def _forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    return multiply(x, weight), (x, weight)
-
-
-def _backward(operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, weight = operands
-    return gradient @ weight.astype(x.dtype), (gradient.T @ x).astype(weight.dtype)
-
-
-multiply.defvjp(_forward, _backward)
+    For few rows, with which the time is that of reading the weight.
+    """
+    product: Array = _call("s1jax_multiply", (x.shape[0], weight.shape[0]), x, weight)
+    return product
 
 
 def attend(
@@ -67,9 +63,52 @@ def look_up(table: Float[Array, "entries size"], ids: Int[Array, " ids"]) -> Flo
     return _call("s1jax_look_up", (ids.shape[0], table.shape[1]), table, ids.astype(jnp.int32))
 
 
-def _call(function: str, shape: tuple[int, ...], *arguments: Array) -> Array:
-    result: Array = jax.ffi.ffi_call(function, jax.ShapeDtypeStruct(shape, jnp.float32))(*arguments)
-    return result
+def matmul(
+    a: Float[Array, "_ _"], b: Float[Array, "_ _"], *, transpose_a: bool = False, transpose_b: bool = False
+) -> Float[Array, "_ _"]:
+    """The product, in float32, of two matrices, each of them transposed or not. No gradients.
+
+    For many rows, with which the time is that of multiplying; `b` has a dtype that is `available`.
+    """
+    shape = (a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1])
+    product: Array = _call(MATMUL, shape, a, b, transpose_a=transpose_a, transpose_b=transpose_b)
+    return product
+
+
+@jax.custom_vjp
+def packed_attention(
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length kv_heads head_dim"],
+    value: Float[Array, "batch length kv_heads head_dim"],
+    segment_ids: Int[Array, "batch length"],
+) -> Float[Array, "batch length heads head_dim"]:
+    """Causal softmax attention, scaled by 1/sqrt(head_dim), in float32, among neighbours with the same segment id.
+
+    Tokens of the same id with others between them do not see each other. Of padding, id 0, the results are zeros.
+    """
+    return _packed_attention_forward(query, key, value, segment_ids)[0]
+
+
+def _packed_attention_forward(query: Array, key: Array, value: Array, segment_ids: Array) -> tuple[Array, Any]:
+    batch, length, heads, _ = query.shape
+    operands = (query, key, value, segment_ids.astype(jnp.int32))
+    context, normalisers = _call("s1jax_attention", (query.shape, (batch, heads, length)), *operands)
+    return context, (*operands, context, normalisers)
+
+
+def _packed_attention_backward(kept: Any, gradient: Array) -> tuple[Array, Array, Array, None]:
+    shapes = tuple(x.shape for x in kept[:3])
+    return (*_call("s1jax_attention_gradients", shapes, *kept, gradient), None)
+
+
+packed_attention.defvjp(_packed_attention_forward, _packed_attention_backward)
+
+
+def _call(function: str, shapes: Any, *arguments: Array, **attributes: bool) -> Any:
+    results = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes, is_leaf=lambda x: isinstance(x[0], int)
+    )
+    return jax.ffi.ffi_call(function, results)(*arguments, **attributes)
 
 
 def available(dtype: DTypeLike) -> bool:
@@ -115,14 +154,16 @@ def _unavailable(reason: str) -> bool:
 
 
 def _library(compiler: str) -> Path:
-    """The shared library, compiled unless one of this source and this jax is there."""
-    key = hashlib.sha256(_SOURCE.read_bytes() + jax.__version__.encode()).hexdigest()[:16]
+    """The shared library, compiled unless one of these sources and this jax is there."""
+    files = sorted(_FOLDER.iterdir())
+    key = hashlib.sha256(b"".join(file.read_bytes() for file in files) + jax.__version__.encode()).hexdigest()[:16]
     library = user_cache() / f"cpu_kernel-{key}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
+        sources = [str(file) for file in files if file.suffix == ".cc"]
         with tempfile.TemporaryDirectory(dir=library.parent) as directory:
             built = Path(directory, library.name)
-            command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", str(built)]
+            command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", *sources, "-o", str(built)]
             subprocess.run(command, check=True, capture_output=True, text=True)
             # Under its name only when it is whole: several processes may get here at once.
             built.replace(library)

@@ -10,9 +10,6 @@ from jaxtyping import Array, Float, Int
 from s1jax.mesh import platform
 from s1jax.model import cpu_kernel
 
-_FEW_ROWS = 64
-"""Up to this many rows a CPU spends its time reading a float32 weight; with more, XLA's products are as good as any."""
-
 
 def project(
     x: Float[Array, "..."],
@@ -38,24 +35,58 @@ def _dot(x: Array, weight: Array, inputs: int, outputs_first: bool, dtype: DType
     return jax.lax.dot_general(x, weight, ((of_x, of_weight), ((), ())), preferred_element_type=dtype)
 
 
-def _project_on_cpu(x: Array, weight: Array, inputs: int, outputs_first: bool) -> Array:
+def _product_on_cpu(x: Array, weight: Array, inputs: int, outputs_first: bool) -> Array:
     """The product in float32.
 
-    The kernel widens a weight as it reads it. XLA first writes a float32 copy of it, which costs several times the
+    The kernels widen a weight as they read it. XLA first writes a float32 copy of it, which costs several times the
     product, unless both are of half precision, the sums are float32 and there is more than one row.
     """
     leading, summed = x.shape[: x.ndim - inputs], x.shape[x.ndim - inputs :]
     rows, size = math.prod(leading), math.prod(summed)
+    outputs = weight.shape[: weight.ndim - inputs] if outputs_first else weight.shape[inputs:]
     if weight.dtype.itemsize > x.dtype.itemsize:
         weight = weight.astype(x.dtype)
-    if outputs_first and (rows <= _FEW_ROWS or weight.dtype != jnp.float32) and cpu_kernel.available(weight.dtype):
-        product = cpu_kernel.multiply(x.reshape(rows, size).astype(jnp.float32), weight.reshape(-1, size))
-        return product.reshape(*leading, *weight.shape[: weight.ndim - inputs])
+    if cpu_kernel.available(weight.dtype) and (outputs_first or x.dtype == jnp.float32):
+        matrix = weight.reshape(-1, size) if outputs_first else weight.reshape(size, -1)
+        wide = x.reshape(rows, size).astype(jnp.float32)
+        # Decided by what a row is, not by how many there are: so a row's numbers do not depend on the rows beside it.
+        if outputs_first and leading[1:] in ((), (1,)):
+            product = cpu_kernel.multiply(wide, matrix)
+        else:
+            product = cpu_kernel.matmul(wide, matrix, transpose_b=outputs_first)
+        return product.reshape(*leading, *outputs)
     weight = weight.astype(x.dtype)
     if rows == 1 and x.dtype != jnp.float32:
         product = _dot(jnp.broadcast_to(x.reshape(summed), (2, *summed)), weight, inputs, outputs_first, jnp.float32)
-        return product[0].reshape(*leading, *product.shape[1:])
+        return product[0].reshape(*leading, *outputs)
     return _dot(x, weight, inputs, outputs_first, jnp.float32)
+
+
+def _forward(x: Array, weight: Array, inputs: int, outputs_first: bool) -> tuple[Array, tuple[Array, Array]]:
+    return _product_on_cpu(x, weight, inputs, outputs_first), (x, weight)
+
+
+def _backward(inputs: int, outputs_first: bool, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, weight = kept
+    size = math.prod(x.shape[x.ndim - inputs :])
+    # As matrices: of arrays with more dimensions XLA transposes the copies that it multiplies.
+    rows, gradients = x.reshape(-1, size), gradient.reshape(-1, weight.size // size).astype(x.dtype)
+    matrix = weight.reshape(-1, size) if outputs_first else weight.reshape(size, -1)
+    of_x = _matmul(gradients, matrix.astype(x.dtype), transpose_b=not outputs_first)
+    of_weight = _matmul(*((gradients, rows) if outputs_first else (rows, gradients)), transpose_a=True)
+    return of_x.reshape(x.shape).astype(x.dtype), of_weight.reshape(weight.shape).astype(weight.dtype)
+
+
+_project_on_cpu = jax.custom_vjp(_product_on_cpu, nondiff_argnums=(2, 3))
+_project_on_cpu.defvjp(_forward, _backward)
+
+
+def _matmul(a: Array, b: Array, *, transpose_a: bool = False, transpose_b: bool = False) -> Array:
+    """The product of two matrices, in float32."""
+    if a.dtype == jnp.float32 and cpu_kernel.available(jnp.float32):
+        return cpu_kernel.matmul(a, b, transpose_a=transpose_a, transpose_b=transpose_b)
+    axes = (((0 if transpose_a else 1,), (1 if transpose_b else 0,)), ((), ()))
+    return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
 
 
 def look_up(

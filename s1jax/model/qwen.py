@@ -18,9 +18,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from s1jax.mesh import Axes, constrain, named_sharding, platform
+from s1jax.model import cpu_kernel
 from s1jax.model.attention import CachedHeads, Implementation, KeyValueHeads, attention, cached_attention
 from s1jax.model.config import QwenConfig
-from s1jax.model.cpu_gradients import gated, normalised, trained_projection
+from s1jax.model.cpu_gradients import gated, normalised
 from s1jax.model.projection import look_up, project
 from s1jax.model.rope import rope_frequencies, rope_rotations, rotate
 
@@ -29,11 +30,19 @@ Params = dict[str, Any]
 Hidden = Float[Array, "batch length hidden"]
 Remat = Literal["none", "dots", "heads", "gate", "full"]
 
+
+def _is_product(primitive: Any, *operands: Any, **parameters: Any) -> bool:
+    """Whether these are a weight's products, XLA's or the CPU kernel's."""
+    if parameters.get("target_name") == cpu_kernel.MATMUL:
+        return True
+    return bool(jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **parameters))
+
+
 _REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": None,
     "gate": jax.checkpoint_policies.save_only_these_names("attended", "gate"),
     "heads": jax.checkpoint_policies.save_only_these_names("attended", "gate", "heads"),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _is_product,
 }
 
 
@@ -83,13 +92,6 @@ class _Weights(NamedTuple):
         return self(tuple(sizes), *sizes.values())
 
 
-def _project(x: Float[Array, "..."], weight: nnx.Param, *, inputs: int = 1, outputs_first: bool) -> Float[Array, "..."]:
-    """`project`, on a CPU with gradients made for it."""
-    if outputs_first or platform() != "cpu":
-        return project(x, weight[...], inputs=inputs, outputs_first=outputs_first)
-    return trained_projection(x, weight[...], inputs)
-
-
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation over the last dimension, in float32."""
 
@@ -136,7 +138,7 @@ class Attention(nnx.Module):
         # Gathered along the sequence once for all three projections, whose heads are then where attention wants them.
         x = constrain(x, "batch", "length", None)
         query, key, value = (
-            _project(x, weight, outputs_first=self.outputs_first) for weight in (self.query, self.key, self.value)
+            project(x, weight[...], outputs_first=self.outputs_first) for weight in (self.query, self.key, self.value)
         )
         if self.config.attention_bias:
             query += self.query_bias[...].astype(x.dtype)
@@ -153,7 +155,7 @@ class Attention(nnx.Module):
             context = cached_attention(query[:, 0], *cache, inputs.positions[:, 0])[:, None]
         else:
             context = attention(query, key, value, segment_ids=inputs.segment_ids, implementation=self.implementation)
-        return _project(context, self.output, inputs=2, outputs_first=self.outputs_first), cache
+        return project(context, self.output[...], inputs=2, outputs_first=self.outputs_first), cache
 
 
 def _write(
@@ -183,11 +185,11 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Hidden) -> Hidden:
         """Apply the block to each token."""
-        gate = checkpoint_name(_project(x, self.gate, outputs_first=self.outputs_first), "gate")
-        up = _project(x, self.up, outputs_first=self.outputs_first)
+        gate = checkpoint_name(project(x, self.gate[...], outputs_first=self.outputs_first), "gate")
+        up = project(x, self.up[...], outputs_first=self.outputs_first)
         inner = gated(gate, up) if platform() == "cpu" else jax.nn.silu(gate) * up
         inner = constrain(inner, "batch", "length", "mlp")
-        return _project(inner, self.down, outputs_first=self.outputs_first)
+        return project(inner, self.down[...], outputs_first=self.outputs_first)
 
 
 class _Inputs(NamedTuple):

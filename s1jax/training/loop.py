@@ -22,6 +22,7 @@ from s1jax.config_reader import to_dict
 from s1jax.data.examples import Dataset, Example, load_examples
 from s1jax.data.loader import StepLoader
 from s1jax.data.packing import Batch
+from s1jax.device_memory import keep_freed_memory
 from s1jax.mesh import batch_shards, make_mesh, process_row_shard, start_distributed
 from s1jax.model.config import QwenConfig
 from s1jax.model.flops import peak_flops, training_flops
@@ -54,6 +55,8 @@ def train(config: TrainConfig) -> int:
     Raises ValueError, OSError or RuntimeError with a message for the person who started the run.
     """
     start_distributed(config.mesh)
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     directory = Path(config.training.output_dir)
     with exclusive(directory):
         if (directory / "model").exists():

@@ -7,18 +7,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s1jax.model.cpu_gradients import gated, normalised, trained_projection
+from s1jax.model.cpu_gradients import gated, normalised
+from s1jax.model.projection import project
 
 _CASES: dict[str, tuple[Callable[..., jax.Array], Callable[..., jax.Array], list[tuple[int, ...]]]] = {
     "projection": (
-        lambda x, w: trained_projection(x, w, 1),
+        lambda x, w: project(x, w, outputs_first=False),
         lambda x, w: jnp.einsum("ble,ehd->blhd", x, w),
         [(2, 5, 6), (6, 3, 4)],
     ),
     "projection of two dimensions": (
-        lambda x, w: trained_projection(x, w, 2),
+        lambda x, w: project(x, w, inputs=2, outputs_first=False),
         lambda x, w: jnp.einsum("blhd,hde->ble", x, w),
         [(2, 5, 3, 4), (3, 4, 6)],
+    ),
+    "projection stored with its outputs first": (
+        lambda x, w: project(x, w, outputs_first=True),
+        lambda x, w: jnp.einsum("ble,hde->blhd", x, w),
+        [(2, 5, 6), (3, 4, 6)],
+    ),
+    "the same of many rows": (
+        lambda x, w: project(x, w, outputs_first=True),
+        lambda x, w: jnp.einsum("ble,he->blh", x, w),
+        [(2, 50, 6), (7, 6)],
     ),
     "gated": (gated, lambda gate, up: gate / (1 + jnp.exp(-gate)) * up, [(2, 5, 6)] * 2),
     "normalised": (

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.extend.core import Jaxpr, jaxprs_in_params
 
+from s1jax.model import cpu_kernel
 from s1jax.model.config import QwenConfig
 from s1jax.model.flops import peak_flops, training_flops
 from s1jax.model.qwen import Qwen
@@ -16,13 +17,16 @@ LENGTH = 80
 
 
 def matmul_flops(jaxpr: Jaxpr) -> int:
-    """Two for each multiply-add of every dot_general, those in scans counted each time."""
+    """Two for each multiply-add of every product, XLA's or the CPU kernel's, those in scans counted each time."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+        elif equation.params.get("target_name") == cpu_kernel.MATMUL:
+            (rows, columns), left = equation.outvars[0].aval.shape, equation.invars[0].aval
+            total += 2 * rows * columns * (left.size // rows)
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
         total += times * sum(matmul_flops(inner) for inner in jaxprs_in_params(equation.params))
     return total

@@ -130,24 +130,6 @@ def test_the_kernel_attends_over_the_slots_up_to_the_last(
         np.testing.assert_allclose(context[row], expected, rtol=1e-4, atol=2e-5)
 
 
-@needs_kernel
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_kernel_has_the_gradients_of_a_product(dtype: type) -> None:
-    x = jax.random.normal(jax.random.key(0), (5, 24))
-    weight = jax.random.normal(jax.random.key(1), (40, 24)).astype(dtype)
-
-    def loss(multiply):
-        return lambda x, w: jnp.sum(jnp.sin(multiply(x, w)))
-
-    ours = jax.grad(loss(cpu_kernel.multiply), argnums=(0, 1))(x, weight)
-    theirs = jax.grad(loss(lambda x, w: x @ w.astype(jnp.float32).T), argnums=(0, 1))(x, weight)
-    for our, their in zip(ours, theirs, strict=True):
-        assert our.dtype == their.dtype
-        np.testing.assert_allclose(
-            our.astype(jnp.float32), their.astype(jnp.float32), rtol=0.02 if dtype == jnp.bfloat16 else 1e-5, atol=1e-4
-        )
-
-
 _PROGRAM = """
 import jax.numpy as jnp
 from s1jax.model.projection import look_up, project

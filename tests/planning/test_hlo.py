@@ -126,11 +126,11 @@ def test_a_small_run_has_the_planned_memory_and_arithmetic() -> None:
     placed = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh)), batch)
     with jax.set_mesh(mesh):
         program = Program(step.lower(state, batch).compile().as_text())
+        jaxpr = jax.make_jaxpr(step)(state, batch).jaxpr
         real, _ = step(init_state(model, OptimizerSection(), mesh, model.init(jax.random.key(0), mesh)), placed)
     for planned, arrays in ((state.params, real.params), (state.optimizer, real.optimizer)):
         on_device = sum(leaf.addressable_shards[3].data.nbytes for leaf in jax.tree.leaves(arrays))
         assert device_bytes(planned) == on_device
-    jaxpr = jax.make_jaxpr(step)(state, batch).jaxpr
     # XLA leaves out the products of recomputation that nothing needs, and no other.
     per_device = matmul_flops(jaxpr) / mesh.size
     assert 0.85 * per_device <= program.dot_flops <= per_device

@@ -60,9 +60,11 @@ class S1jax:
     def load_for_training(self, model: str, dtype: str, **_: int) -> dict[str, str]:
         """Read the model and make an optimiser's state beside it; returns the versions of what runs it."""
         # Here: who decodes does not import what trains, and a start counts imports.
+        from s1jax.device_memory import keep_freed_memory
         from s1jax.training.step import compile_step, init_state
 
         keep_compilations()
+        keep_freed_memory()
         self._mesh = make_mesh()
         qwen = Qwen(QwenConfig.from_directory(Path(model)), dtype=jnp.dtype(dtype))
         with jax.set_mesh(self._mesh):

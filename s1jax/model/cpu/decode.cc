@@ -5,29 +5,20 @@
 // is stored, and while one part is computed the next is fetched; the rows of x stay in the caches. A bfloat16 is the
 // upper half of a float32, so that widening is exact and costs half the reading.
 
-#include <immintrin.h>
-
-#include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdint>
-#include <functional>
-#include <memory>
-#include <thread>
 #include <type_traits>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
+#include "common.h"
 
+namespace s1jax {
 namespace {
-
-namespace ffi = xla::ffi;
 
 // A tile of kRows x kOutputs sums, a vector of weights for each output and one of x fill the 32 vector registers.
 constexpr int kRows = 8, kOutputs = 3;
 
 // Inputs are taken 32 at a time, in two vectors: a bfloat16 vector holds as many.
-constexpr int64_t kVector = 16, kGroup = 2 * kVector, kCacheLine = 64;
+constexpr int64_t kGroup = 2 * kVector, kCacheLine = 64;
 
 // What a thread takes at a time: a part of the weight that stays in its cache while all rows pass over it.
 constexpr int64_t kBlockBytes = 128 * 1024;
@@ -37,8 +28,6 @@ constexpr int64_t kShares = 16;
 
 // So many inputs at a time: then those of a tile of x stay in the nearest cache.
 constexpr int64_t kInputsAtOnce = 896;
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How a group of neighbours in memory, of which `mask` says which are there, becomes two vectors of floats; and how
 // a group of x is arranged so that the lanes meet.
@@ -53,10 +42,6 @@ struct Group<float> {
     return Whole ? _mm512_loadu_ps(at) : _mm512_maskz_loadu_ps(mask >> (half * kVector), at);
   }
   static __m512 arranged(__m512 first, __m512 second, int half) { return half ? second : first; }
-};
-
-struct BFloat16 {
-  uint16_t bits;
 };
 
 template <>
@@ -226,34 +211,6 @@ struct Product {
   }
 };
 
-// Does work(i) for every i below `count` on this thread, and on those of the pool that are free: what is waited for is
-// only what another thread has begun, so that a busy pool delays nothing. The i that a thread will do next goes along.
-template <class Work>
-void share(ffi::ThreadPool& pool, int64_t count, const Work& work) {
-  struct Progress {
-    std::atomic<int64_t> taken{0}, done{0};
-  };
-  auto progress = std::make_shared<Progress>();
-  const auto run = [progress, count, work] {
-    for (int64_t taken = progress->taken.fetch_add(1), next; taken < count; taken = next) {
-      next = progress->taken.fetch_add(1);
-      work(taken, next);
-      progress->done.fetch_add(1, std::memory_order_release);
-    }
-  };
-  for (int64_t i = 1; i < std::min(pool.num_threads(), count); i++) pool.Schedule(std::function<void()>(run));
-  run();
-  while (progress->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
-}
-
-// Calls f with the data of a weight or cache, as what it is.
-template <class F>
-ffi::Error with_type(const ffi::AnyBuffer& buffer, F f) {
-  if (buffer.element_type() == ffi::F32) return f(static_cast<const float*>(buffer.untyped_data()));
-  if (buffer.element_type() == ffi::BF16) return f(static_cast<const BFloat16*>(buffer.untyped_data()));
-  return ffi::Error::InvalidArgument("expected float32 or bfloat16");
-}
-
 // y[m, n] = sum_k x[m, k] * weight[n, k].
 ffi::Error multiply(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::AnyBuffer weight,
                     ffi::ResultBufferR2<ffi::F32> y) {
@@ -270,43 +227,9 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::AnyBuf
       if (arranged_in != call) product.arrange(arranged), arranged_in = call;
       product.block(arranged.data(), block * width, std::min(outputs, (block + 1) * width),
                     next < blocks ? product.weight + next * width * product.inputs : nullptr);
-    });
+    }, true);
     return ffi::Error::Success();
   });
-}
-
-// e to the power of numbers that are not positive: a polynomial for the fraction of a power of two.
-inline __m512 exponential(__m512 x) {
-  const __m512 scaled = _mm512_mul_ps(_mm512_max_ps(x, _mm512_set1_ps(-87)), _mm512_set1_ps(1.44269504f));
-  const __m512 whole = _mm512_roundscale_ps(scaled, 0), fraction = _mm512_sub_ps(scaled, whole);
-  __m512 sum = _mm512_set1_ps(1.5403530e-4f);
-  for (float coefficient : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
-    sum = _mm512_fmadd_ps(sum, fraction, _mm512_set1_ps(coefficient));
-  return _mm512_scalef_ps(sum, whole);
-}
-
-// The lanes of a vector that are filled when so many elements are left.
-inline __mmask16 lanes(int64_t left) { return left < kVector ? (1 << left) - 1 : -1; }
-
-// Makes exponentials of n scores, less the greatest, and returns their sum.
-inline float exponentials(float* scores, int64_t n) {
-  const __m512 lowest = _mm512_set1_ps(-INFINITY);
-  __m512 greatest = lowest, sum = _mm512_setzero_ps();
-  for (int64_t i = 0; i < n; i += kVector)
-    greatest = _mm512_max_ps(greatest, _mm512_mask_loadu_ps(lowest, lanes(n - i), scores + i));
-  greatest = _mm512_set1_ps(_mm512_reduce_max_ps(greatest));
-  for (int64_t i = 0; i < n; i += kVector) {
-    const __m512 power = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(lanes(n - i), scores + i), greatest));
-    sum = _mm512_mask_add_ps(sum, lanes(n - i), sum, power);
-    _mm512_mask_storeu_ps(scores + i, lanes(n - i), power);
-  }
-  return _mm512_reduce_add_ps(sum);
-}
-
-inline __m512 load_neighbours(const float* at, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, at); }
-
-inline __m512 load_neighbours(const BFloat16* at, __mmask16 mask) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at)), 16));
 }
 
 // y[q] = sum_s weights[q, s] * values[s] / totals[q] for the queries from `first` on, kAtOnce of them or to `end`.
@@ -321,7 +244,7 @@ void weigh(Matrix<const float> weights, const float* totals, const V* values, in
     const float* of_query[kAtOnce];
     for (int q = 0; q < kAtOnce; q++) of_query[q] = weights.at(std::min(first + q, end - 1));
     for (int64_t s = 0; s < slots; s++) {
-      const __m512 value = load_neighbours(values + s * size + d, mask);
+      const __m512 value = load(values + s * size + d, mask);
       for (int q = 0; q < kAtOnce; q++)
         sums[q] = _mm512_fmadd_ps(_mm512_set1_ps(of_query[q][s]), value, sums[q]);
     }
@@ -367,7 +290,7 @@ ffi::Error look_up(ffi::AnyBuffer table, ffi::BufferR1<ffi::S32> ids, ffi::Resul
       const int64_t id = std::clamp<int64_t>(ids.typed_data()[i], 0, entries - 1);
       for (int64_t d = 0; d < size; d += kVector) {
         const __mmask16 mask = lanes(size - d);
-        _mm512_mask_storeu_ps(rows->typed_data() + i * size + d, mask, load_neighbours(data + id * size + d, mask));
+        _mm512_mask_storeu_ps(rows->typed_data() + i * size + d, mask, load(data + id * size + d, mask));
       }
     }
     return ffi::Error::Success();
@@ -375,25 +298,26 @@ ffi::Error look_up(ffi::AnyBuffer table, ffi::BufferR1<ffi::S32> ids, ffi::Resul
 }
 
 }  // namespace
+}  // namespace s1jax
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_multiply, multiply,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::BufferR2<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::BufferR2<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_multiply, s1jax::multiply,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::BufferR2<xla::ffi::F32>>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_attend, attend,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::BufferR4<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::BufferR1<ffi::S32>>()
-                                  .Ret<ffi::BufferR4<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_attend, s1jax::attend,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::BufferR4<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::BufferR1<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::BufferR4<xla::ffi::F32>>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_look_up, look_up,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::BufferR1<ffi::S32>>()
-                                  .Ret<ffi::BufferR2<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_look_up, s1jax::look_up,
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::BufferR1<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::BufferR2<xla::ffi::F32>>());
