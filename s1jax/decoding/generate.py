@@ -29,7 +29,7 @@ from s1jax.model.qwen import KVCache
 
 STEPS_PER_CHUNK = 32
 """Decode steps between two looks of the host at the rows."""
-_SHORTEST_BUCKET = 128
+_SHORTEST_PROMPT, _SHORTEST_CACHE = 64, 128
 
 
 class OutOfMemoryError(RuntimeError):
@@ -146,7 +146,7 @@ class Generator:
 
     def compilations(self, requests: Sequence[Request]) -> int:
         """At most how many programs these requests need: prompt buckets, cache buckets, and moves between them."""
-        prompts = {bucket(len(r.prompt.prompt_ids), self._context) for r in requests}
+        prompts = {self._padded_length(r.prompt.prompt_ids) for r in requests}
         longest = max(self._limit(r) for r in requests)
         caches = {bucket(n, self._context) for n in range(min(prompts), bucket(longest, self._context) + 1)}
         # A prefill for each prompt bucket; for each cache bucket its decode loop, insertions, and a way to get there:
@@ -236,11 +236,14 @@ class Generator:
 
     def _admit(self, cache: KVCache | None, row: int, request: Request) -> KVCache:
         prompt_ids = request.prompt.prompt_ids
-        padded = np.zeros(bucket(len(prompt_ids), self._context), np.int32)
+        padded = np.zeros(self._padded_length(prompt_ids), np.int32)
         padded[: len(prompt_ids)] = prompt_ids
-        cache = self._with_slots(cache, len(padded))
+        cache = self._with_slots(cache, bucket(len(padded), self._context))
         prompt = prefill(self._loaded.model, self._loaded.params, jnp.asarray(padded))
         return insert(cache, prompt, jnp.int32(row))
+
+    def _padded_length(self, prompt_ids: Sequence[int]) -> int:
+        return bucket(len(prompt_ids), self._context, shortest=_SHORTEST_PROMPT)
 
     def _with_slots(self, cache: KVCache | None, slots: int) -> KVCache:
         """The cache with at least so many slots: a new one, or grown, or as it is."""
@@ -294,12 +297,12 @@ class Generator:
         return text
 
 
-def bucket(length: int, limit: int) -> int:
+def bucket(length: int, limit: int, shortest: int = _SHORTEST_CACHE) -> int:
     """The size of cache or padded prompt for this many tokens: a power of two or 3/4 of one, at most `limit`."""
-    size = _SHORTEST_BUCKET
+    size = shortest
     while size < length:
         size *= 2
-    if size > _SHORTEST_BUCKET and length <= size * 3 // 4:
+    if size > shortest and length <= size * 3 // 4:
         size = size * 3 // 4
     return min(size, limit)
 

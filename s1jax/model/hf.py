@@ -6,6 +6,7 @@ a time. Writing goes to a temporary directory that gets its name only when it is
 
 import json
 import math
+import mmap
 import os
 import shutil
 from collections.abc import Iterator
@@ -45,6 +46,7 @@ _BLOCK_BYTES = 2**25
 """What is read, cast and transposed at a time."""
 _ALIGNMENT = 64
 """Of arrays on a CPU, in bytes."""
+_HUGE_PAGE = 2**21
 _READERS = 2
 """Threads that read: more hold more blocks in memory, and two already wait for the same memory or disk."""
 _MAX_FILE_BYTES = 5_000_000_000
@@ -150,10 +152,18 @@ def _read_bytes(tensor: _Stored, out: np.ndarray) -> None:
 
 
 def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
-    """An array that begins where a CPU's device wants it: it is then taken over as it is, not copied."""
+    """An array that begins where a CPU's device wants it: it is then taken over as it is, not copied.
+
+    Whole huge pages of it are asked for as such: the system finds them several times faster, and so do reads.
+    """
     nbytes = math.prod(shape) * dtype.itemsize
-    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
+    huge = nbytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE")
+    alignment = _HUGE_PAGE if huge else _ALIGNMENT
+    pages = mmap.mmap(-1, nbytes + alignment)
+    memory = np.frombuffer(pages, np.uint8)
+    start = -memory.ctypes.data % alignment
+    if huge:
+        pages.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _HUGE_PAGE * _HUGE_PAGE)
     return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
