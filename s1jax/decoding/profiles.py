@@ -229,8 +229,8 @@ def tokenize_profile(profile: DelimiterProfile, tokenizer: PreTrainedTokenizerBa
     valid = np.zeros(vocab_size, bool)
     valid[known] = True
     # A newline is one byte, and no part of a longer UTF-8 character, so an id's own text tells even where its other
-    # bytes are half a character. Byte-level vocabularies write it as this letter, others as itself or as <0x0A>; looking at
-    # these first is several times faster than decoding all of Qwen's 151,665 ids.
+    # bytes are half a character. Byte-level vocabularies write it as this letter, others as itself or as <0x0A>;
+    # looking at these first is several times faster than decoding all of Qwen's 151,665 ids.
     candidates = [i for text, i in vocabulary.items() if text.endswith(("Ċ", "\n", ">"))]
     texts = tokenizer.backend_tokenizer.decode_batch([[i] for i in candidates], skip_special_tokens=False)
     ends_in_newline = np.zeros(vocab_size, bool)
