@@ -153,9 +153,11 @@ void differentiate(const Inputs& in, const Example& example, const Gradients& g)
     block.times_transposed(query, in.key, weights);
     block.times_transposed(of_context, in.value, of_weights);
     for (int64_t r = 0; r < block.rows(); r++) {
-      float shared = 0;
-      for (int64_t d = 0; d < size; d++) shared += of_context[r * size + d] * g.context[block.at(r) + d];
-      const __m512 mean = _mm512_set1_ps(shared), normaliser = _mm512_set1_ps(g.normalisers[block.at_normaliser(r)]);
+      __m512 sum = _mm512_setzero_ps();
+      for (int64_t d = 0; d < size; d += kVector)
+        sum = _mm512_fmadd_ps(load(of_context.data() + r * size + d, lanes(size - d)),
+                              load(g.context + block.at(r) + d, lanes(size - d)), sum);
+      const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum)), normaliser = _mm512_set1_ps(g.normalisers[block.at_normaliser(r)]);
       float *of_row = weights.data() + r * keys, *of_scores = of_weights.data() + r * keys;
       for (int64_t k = 0; k < keys; k += kVector) {
         const __mmask16 there = lanes(keys - k), seen = lanes(block.seen(r) - k);
