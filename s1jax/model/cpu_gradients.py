@@ -1,10 +1,15 @@
-"""Parts of a layer with gradients of their own, for training on a CPU: less is kept for the backward pass."""
+"""Parts of a layer with gradients of their own, for training on a CPU: less is kept for the backward pass.
+
+Where there is a kernel, it computes them; decoding, which has no backward pass, leaves them to XLA.
+"""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from s1jax.model import cpu_kernel
 
 
 @jax.custom_vjp
@@ -14,11 +19,14 @@ def gated(gate: Float[Array, "*shape"], up: Float[Array, "*shape"]) -> Float[Arr
 
 
 def _gated_forward(gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
-    return jax.nn.silu(gate) * up, (gate, up)
+    inner = cpu_kernel.gated(gate, up) if _has_kernel(gate) else jax.nn.silu(gate) * up
+    return inner, (gate, up)
 
 
 def _gated_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     gate, up = kept
+    if _has_kernel(gate):
+        return cpu_kernel.gated_gradients(gate, up, gradient)
     open_ = jax.nn.sigmoid(gate)
     return gradient * up * open_ * (1 + gate * (1 - open_)), gradient * gate * open_
 
@@ -29,17 +37,24 @@ gated.defvjp(_gated_forward, _gated_backward)
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def normalised(x: Float[Array, "*shape size"], scale: Float[Array, " size"], epsilon: float) -> Float[Array, "..."]:
     """Root-mean-square normalisation over the last dimension in float32, then scaled; in the dtype of `x`."""
-    return _normalise_forward(x, scale, epsilon)[0]
+    return _normalise(x, scale, epsilon)[0]
+
+
+def _normalise(x: Array, scale: Array, epsilon: float) -> tuple[Array, Array]:
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + epsilon)
+    return (wide * inverse).astype(x.dtype) * scale.astype(x.dtype), inverse
 
 
 def _normalise_forward(x: Array, scale: Array, epsilon: float) -> tuple[Array, tuple[Array, Array, Array]]:
-    wide = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + epsilon)
-    return (wide * inverse).astype(x.dtype) * scale.astype(x.dtype), (x, scale, inverse)
+    y, inverse = (cpu_kernel.normalised if _has_kernel(x, scale) else _normalise)(x, scale, epsilon)
+    return y, (x, scale, inverse)
 
 
 def _normalise_backward(epsilon: float, kept: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, scale, inverse = kept
+    if _has_kernel(x, scale):
+        return cpu_kernel.normalised_gradients(x, scale, inverse, gradient)
     normal, gradient = x.astype(jnp.float32) * inverse, gradient.astype(jnp.float32)
     of_normal = gradient * scale
     shared = jnp.mean(of_normal * normal, axis=-1, keepdims=True)
@@ -48,3 +63,7 @@ def _normalise_backward(epsilon: float, kept: tuple[Array, Array, Array], gradie
 
 
 normalised.defvjp(_normalise_forward, _normalise_backward)
+
+
+def _has_kernel(*operands: Array) -> bool:
+    return all(x.dtype == jnp.float32 for x in operands) and cpu_kernel.available(jnp.float32)

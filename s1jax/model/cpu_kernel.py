@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -28,6 +29,7 @@ MATMUL = "s1jax_matmul"
 _FUNCTIONS = (
     *("s1jax_multiply", "s1jax_attend", "s1jax_look_up"),
     *(MATMUL, "s1jax_attention", "s1jax_attention_gradients"),
+    *("s1jax_gated", "s1jax_gated_gradients", "s1jax_normalised", "s1jax_normalised_gradients"),
 )
 _INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl")
 _FLAGS = (
@@ -104,7 +106,35 @@ def _packed_attention_backward(kept: Any, gradient: Array) -> tuple[Array, Array
 packed_attention.defvjp(_packed_attention_forward, _packed_attention_backward)
 
 
-def _call(function: str, shapes: Any, *arguments: Array, **attributes: bool) -> Any:
+def gated(gate: Float[Array, "*shape"], up: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """silu(gate) * up, in float32 as both are. No gradients, but:"""
+    product: Array = _call("s1jax_gated", gate.shape, gate, up)
+    return product
+
+
+def gated_gradients(gate: Array, up: Array, gradient: Array) -> tuple[Array, Array]:
+    """The gradients with respect to `gate` and `up`, given that of `gated`."""
+    gradients: tuple[Array, Array] = tuple(_call("s1jax_gated_gradients", (gate.shape, up.shape), gate, up, gradient))
+    return gradients
+
+
+def normalised(
+    x: Float[Array, "*rows size"], scale: Float[Array, " size"], epsilon: float
+) -> tuple[Float[Array, "*rows size"], Float[Array, "*rows 1"]]:
+    """Root-mean-square normalisation, then scaled, and the inverse root mean squares; in float32 as both are."""
+    shapes = (x.shape, (*x.shape[:-1], 1))
+    results: tuple[Array, Array] = tuple(_call("s1jax_normalised", shapes, x, scale, epsilon=np.float32(epsilon)))
+    return results
+
+
+def normalised_gradients(x: Array, scale: Array, inverse: Array, gradient: Array) -> tuple[Array, Array]:
+    """The gradients with respect to `x` and `scale`, given that of what `normalised` returns first, and its second."""
+    shapes = (x.shape, scale.shape)
+    gradients: tuple[Array, Array] = tuple(_call("s1jax_normalised_gradients", shapes, x, scale, inverse, gradient))
+    return gradients
+
+
+def _call(function: str, shapes: Any, *arguments: Array, **attributes: bool | np.float32) -> Any:
     results = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes, is_leaf=lambda x: isinstance(x[0], int)
     )

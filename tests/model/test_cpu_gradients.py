@@ -37,6 +37,13 @@ _CASES: dict[str, tuple[Callable[..., jax.Array], Callable[..., jax.Array], list
         lambda x, scale: x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-3) * scale,
         [(2, 5, 6), (6,)],
     ),
+    # More than a thread takes at a time.
+    "gated, many": (gated, lambda gate, up: gate / (1 + jnp.exp(-gate)) * up, [(3, 50, 130)] * 2),
+    "normalised, many": (
+        lambda x, scale: normalised(x, scale, 1e-3),
+        lambda x, scale: x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-3) * scale,
+        [(3, 50, 130), (130,)],
+    ),
 }
 
 
@@ -47,8 +54,15 @@ def test_values_and_gradients_are_those_of_the_formula(case: str, dtype: str) ->
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], of_x).astype(dtype)
     # A weight and a scale are parameters, in float32 whatever the computation is in.
-    second = jax.random.normal(keys[1], of_second).astype(dtype if case == "gated" else "float32")
+    second = jax.random.normal(keys[1], of_second).astype(dtype if case.startswith("gated") else "float32")
     out, back = jax.vjp(ours, x, second)
+    # The same without gradients, within roundings.
+    np.testing.assert_allclose(
+        ours(x, second).astype(jnp.float32),
+        out.astype(jnp.float32),
+        rtol=1e-5 if dtype == "float32" else 0.02,
+        atol=1e-5,
+    )
     expected, expected_back = jax.vjp(formula, x.astype(jnp.float32), second.astype(jnp.float32))
     gradient = jax.random.normal(keys[2], out.shape).astype(dtype)
     assert out.dtype == dtype

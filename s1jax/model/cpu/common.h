@@ -36,9 +36,10 @@ inline __m512 load(const BFloat16* at, __mmask16 mask) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at)), 16));
 }
 
-// e to the power of numbers that are not positive: a polynomial for the fraction of a power of two.
+// e to the power of numbers that are not positive: a polynomial for the fraction of a power of two. What is not a number
+// stays so, as the second operand of a maximum.
 inline __m512 exponential(__m512 x) {
-  const __m512 scaled = _mm512_mul_ps(_mm512_max_ps(x, _mm512_set1_ps(-87)), _mm512_set1_ps(1.44269504f));
+  const __m512 scaled = _mm512_mul_ps(_mm512_max_ps(_mm512_set1_ps(-87), x), _mm512_set1_ps(1.44269504f));
   const __m512 whole = _mm512_roundscale_ps(scaled, 0), fraction = _mm512_sub_ps(scaled, whole);
   __m512 sum = _mm512_set1_ps(1.5403530e-4f);
   for (float coefficient : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})

@@ -12,8 +12,8 @@ namespace s1jax {
 // A tile of kTileRows x two vectors of sums, two vectors of b and one value of a fill the 32 vector registers.
 constexpr int64_t kTileRows = 14, kTileColumns = 2 * kVector;
 
-// What is packed at a time: so many inputs of so many panels of b, for a core's second cache, and of one tile of a, for its
-// first. As many tiles of a are multiplied with what was packed of b.
+// What is packed at a time: so many inputs of so many panels of b, for a core's second cache, and of one tile of a, for
+// its first. So many tiles of a are multiplied with what was packed of b.
 constexpr int64_t kInputsAtOnce = 384, kPanels = 16, kTiles = 32;
 
 // A matrix to read: neighbours in a column are `row` elements apart, those in a row `column`; one of both is 1.
@@ -109,6 +109,7 @@ struct Product {
   int64_t rows, inputs, columns;
   bool add;
 
+  // Computes it on the threads of the pool, or on this one alone.
   void shared(ffi::ThreadPool& pool) const {
     const Cut cut(*this, pool.num_threads());
     share(pool, cut.blocks(), [cut, product = *this](int64_t i, int64_t) { product.block(cut, i); });
@@ -124,7 +125,8 @@ struct Product {
   struct Cut {
     int64_t tiles, panels, down, across;
 
-    Cut(const Product& p, int64_t threads) : tiles(divide_up(p.rows, kTileRows)), panels(divide_up(p.columns, kTileColumns)) {
+    Cut(const Product& p, int64_t threads) {
+      tiles = divide_up(p.rows, kTileRows), panels = divide_up(p.columns, kTileColumns);
       down = divide_up(tiles, kTiles), across = divide_up(panels, kPanels);
       // As many for each thread, if there are enough: of the longer side.
       int64_t& more = tiles >= 8 * threads ? down : across;
@@ -135,6 +137,7 @@ struct Product {
     int64_t panel(int64_t i) const { return panels * i / across; }
   };
 
+  // Block i: b's panels are packed, part by part, and with each part every tile of a, which then stays where it is.
   void block(const Cut& cut, int64_t i) const {
     static thread_local std::vector<float> of_a, of_b;
     const int64_t down = i / cut.across, across = i % cut.across, first = cut.panel(across);

@@ -77,18 +77,18 @@ struct Block {
   // y = x b and y = x b^T, where x has a row for each of the block's and b is an array of keys.
   void times(const std::vector<float>& x, const float* b, std::vector<float>& y) const {
     y.resize(rows() * in.size);
-    Product<float>{{x.data(), keys(), 1}, {b + at_keys(), key_stride(), 1}, y.data(), in.size, rows(), keys(), in.size, false}
-        .alone();
+    const View<float> by_key{x.data(), keys(), 1}, of_keys{b + at_keys(), key_stride(), 1};
+    Product<float>{by_key, of_keys, y.data(), in.size, rows(), keys(), in.size, false}.alone();
   }
   void times_transposed(const std::vector<float>& x, const float* b, std::vector<float>& y) const {
     y.resize(rows() * keys());
-    Product<float>{{x.data(), in.size, 1}, {b + at_keys(), 1, key_stride()}, y.data(), keys(), rows(), in.size, keys(), false}
-        .alone();
+    const View<float> by_size{x.data(), in.size, 1}, of_keys{b + at_keys(), 1, key_stride()};
+    Product<float>{by_size, of_keys, y.data(), keys(), rows(), in.size, keys(), false}.alone();
   }
   // y += x^T b, where y is an array of keys.
   void add_transposed(const std::vector<float>& x, const std::vector<float>& b, float* y) const {
-    Product<float>{{x.data(), 1, keys()}, {b.data(), in.size, 1}, y + at_keys(), key_stride(), keys(), rows(), in.size, true}
-        .alone();
+    const View<float> of_keys{x.data(), 1, keys()}, by_size{b.data(), in.size, 1};
+    Product<float>{of_keys, by_size, y + at_keys(), key_stride(), keys(), rows(), in.size, true}.alone();
   }
 };
 
@@ -110,8 +110,9 @@ std::vector<Example> examples_of(const Inputs& in) {
   for (int64_t row = 0; row < in.batch; row++) {
     const int32_t* segments = in.segments + row * in.length;
     for (int64_t begin = 0, end; begin < in.length; begin = end) {
-      end = std::find_if(segments + begin, segments + in.length, [=](int32_t s) { return s != segments[begin]; }) - segments;
-      for (int64_t head = 0; segments[begin] != 0 && head < in.kv_heads; head++) examples.push_back({row, head, begin, end});
+      const int32_t id = segments[begin];
+      end = std::find_if(segments + begin, segments + in.length, [=](int32_t s) { return s != id; }) - segments;
+      for (int64_t head = 0; id != 0 && head < in.kv_heads; head++) examples.push_back({row, head, begin, end});
     }
   }
   std::stable_sort(examples.begin(), examples.end(),
@@ -157,7 +158,8 @@ void differentiate(const Inputs& in, const Example& example, const Gradients& g)
       for (int64_t d = 0; d < size; d += kVector)
         sum = _mm512_fmadd_ps(load(of_context.data() + r * size + d, lanes(size - d)),
                               load(g.context + block.at(r) + d, lanes(size - d)), sum);
-      const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum)), normaliser = _mm512_set1_ps(g.normalisers[block.at_normaliser(r)]);
+      const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
+      const __m512 normaliser = _mm512_set1_ps(g.normalisers[block.at_normaliser(r)]);
       float *of_row = weights.data() + r * keys, *of_scores = of_weights.data() + r * keys;
       for (int64_t k = 0; k < keys; k += kVector) {
         const __mmask16 there = lanes(keys - k), seen = lanes(block.seen(r) - k);
@@ -197,9 +199,8 @@ ffi::Error attention(ffi::ThreadPool pool, Array4 query, Array4 key, Array4 valu
   clear(context);
   clear(normalisers);
   const std::vector<Example> examples = examples_of(in);
-  share(pool, examples.size(), [=, to = context->typed_data(), normalisers = normalisers->typed_data()](int64_t i, int64_t) {
-    attend(in, examples[i], to, normalisers);
-  });
+  float *to = context->typed_data(), *of_normalisers = normalisers->typed_data();
+  share(pool, examples.size(), [=](int64_t i, int64_t) { attend(in, examples[i], to, of_normalisers); });
   return ffi::Error::Success();
 }
 
