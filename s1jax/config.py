@@ -15,6 +15,10 @@ Integer = Annotated[int, Field(strict=True)]
 Positive = Annotated[int, Field(strict=True, ge=1)]
 WholeNumber = Annotated[int, Field(strict=True, ge=0)]
 
+Implementation = Literal["auto", "plain", "chunked", "blocks", "kernel", "cudnn", "triton", "splash"]
+"""Of attention; `model.attention.attention` says what each is."""
+Remat = Literal["none", "dots", "heads", "gate", "full"]
+
 
 @dataclass(frozen=True, config=STRICT)
 class ModelSection:
@@ -25,12 +29,9 @@ class ModelSection:
     param_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="dtype of the parameters in memory; null: as the command needs (training: float32)"
     )
-    attention: Literal["auto", "plain", "chunked", "blocks", "kernel", "cudnn", "triton", "splash"] = Field(
-        default="auto", description="attention implementation"
-    )
+    attention: Implementation = Field(default="auto", description="attention implementation")
 
 
-Remat = Literal["none", "dots", "heads", "gate", "full"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 

@@ -5,18 +5,17 @@ Every implementation honours segment ids; none lets two packed examples see each
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from s1jax.config import Implementation
 from s1jax.mesh import LOGICAL_AXES, platform
 from s1jax.model import cpu_kernel
 from s1jax.model.block_attention import BLOCK, block_attention
 
-Implementation = Literal["auto", "plain", "chunked", "blocks", "kernel", "cudnn", "triton", "splash"]
 Heads = Float[Array, "batch length heads head_dim"]
 KeyValueHeads = Float[Array, "batch length kv_heads head_dim"]
 CachedHeads = Float[Array, "batch kv_heads slots head_dim"]
@@ -75,9 +74,7 @@ def cached_attention(
     return (context / total).astype(query.dtype).reshape(query.shape)
 
 
-def _choose(
-    query: Heads, segment_ids: Array | None
-) -> Literal["plain", "chunked", "blocks", "kernel", "cudnn", "triton", "splash"]:
+def _choose(query: Heads, segment_ids: Array | None) -> Implementation:
     length = query.shape[1]
     if cpu_kernel.available(jnp.float32):
         return "kernel"

@@ -107,7 +107,7 @@ packed_attention.defvjp(_packed_attention_forward, _packed_attention_backward)
 
 
 def gated(gate: Float[Array, "*shape"], up: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """silu(gate) * up, in float32 as both are. No gradients, but:"""
+    """silu(gate) * up, in float32 as both are. No gradients; `gated_gradients` has them."""
     product: Array = _call("s1jax_gated", gate.shape, gate, up)
     return product
 
@@ -121,7 +121,10 @@ def gated_gradients(gate: Array, up: Array, gradient: Array) -> tuple[Array, Arr
 def normalised(
     x: Float[Array, "*rows size"], scale: Float[Array, " size"], epsilon: float
 ) -> tuple[Float[Array, "*rows size"], Float[Array, "*rows 1"]]:
-    """Root-mean-square normalisation, then scaled, and the inverse root mean squares; in float32 as both are."""
+    """Root-mean-square normalisation, then scaled, and the inverse root mean squares; in float32 as both are.
+
+    No gradients; `normalised_gradients` has them.
+    """
     shapes = (x.shape, (*x.shape[:-1], 1))
     results: tuple[Array, Array] = tuple(_call("s1jax_normalised", shapes, x, scale, epsilon=np.float32(epsilon)))
     return results

@@ -154,7 +154,7 @@ def _read_bytes(tensor: _Stored, out: np.ndarray) -> None:
 def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
     """An array that begins where a CPU's device wants it: it is then taken over as it is, not copied.
 
-    Whole huge pages of it are asked for as such: the system finds them several times faster, and so do reads.
+    Whole huge pages of it are asked for as such: the system finds them several times faster.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     huge = nbytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE")

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from s1jax.config import MeshSection, ModelSection
+from s1jax.config import MeshSection, ModelSection, Remat
 from s1jax.mesh import make_mesh
 from s1jax.model import cpu_kernel
 from s1jax.model.config import QwenConfig
 from s1jax.model.hf import load_params, resolve_model, stored_dtypes
-from s1jax.model.qwen import Params, Qwen, Remat
+from s1jax.model.qwen import Params, Qwen
 from s1jax.tokenizer import load_tokenizer
 
 

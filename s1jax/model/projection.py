@@ -1,6 +1,7 @@
 """Products of activations and weights."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,13 @@ def _matmul(a: Array, b: Array, *, transpose_a: bool = False, transpose_b: bool 
         return cpu_kernel.matmul(a, b, transpose_a=transpose_a, transpose_b=transpose_b)
     axes = (((0 if transpose_a else 1,), (1 if transpose_b else 0,)), ((), ()))
     return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
+
+
+def is_product(primitive: Any, *operands: Any, **parameters: Any) -> bool:
+    """Whether this is what `project` makes of activations and a weight; a policy for `jax.checkpoint`."""
+    if parameters.get("target_name") == cpu_kernel.MATMUL:
+        return True
+    return bool(jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **parameters))
 
 
 def look_up(

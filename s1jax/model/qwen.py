@@ -7,7 +7,7 @@ NNX modules declare the parameters (shape, initial value and logical axes in one
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,32 +17,23 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from s1jax.mesh import Axes, constrain, named_sharding, platform
-from s1jax.model import cpu_kernel
-from s1jax.model.attention import CachedHeads, Implementation, KeyValueHeads, attention, cached_attention
+from s1jax.config import Implementation, Remat
+from s1jax.mesh import Axes, constrain, named_sharding
+from s1jax.model.attention import CachedHeads, KeyValueHeads, attention, cached_attention
 from s1jax.model.config import QwenConfig
-from s1jax.model.cpu_gradients import gated, normalised
-from s1jax.model.projection import look_up, project
+from s1jax.model.gates_and_norms import gated, normalised
+from s1jax.model.projection import is_product, look_up, project
 from s1jax.model.rope import rope_frequencies, rope_rotations, rotate
 
 Params = dict[str, Any]
 """Nested dict of arrays, keyed by strings; `layers` holds every layer's parameters stacked on a first axis."""
 Hidden = Float[Array, "batch length hidden"]
-Remat = Literal["none", "dots", "heads", "gate", "full"]
-
-
-def _is_product(primitive: Any, *operands: Any, **parameters: Any) -> bool:
-    """Whether these are a weight's products, XLA's or the CPU kernel's."""
-    if parameters.get("target_name") == cpu_kernel.MATMUL:
-        return True
-    return bool(jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **parameters))
-
 
 _REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": None,
     "gate": jax.checkpoint_policies.save_only_these_names("attended", "gate"),
     "heads": jax.checkpoint_policies.save_only_these_names("attended", "gate", "heads"),
-    "dots": _is_product,
+    "dots": is_product,
 }
 
 
@@ -101,11 +92,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*shape size"]) -> Float[Array, "*shape size"]:
         """Normalise; the result has the dtype of `x`."""
-        if platform() == "cpu":
-            return normalised(x, self.scale[...], self.epsilon)
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
-        return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return normalised(x, self.scale[...], self.epsilon)
 
 
 class Attention(nnx.Module):
@@ -187,8 +174,7 @@ class MLP(nnx.Module):
         """Apply the block to each token."""
         gate = checkpoint_name(project(x, self.gate[...], outputs_first=self.outputs_first), "gate")
         up = project(x, self.up[...], outputs_first=self.outputs_first)
-        inner = gated(gate, up) if platform() == "cpu" else jax.nn.silu(gate) * up
-        inner = constrain(inner, "batch", "length", "mlp")
+        inner = constrain(gated(gate, up), "batch", "length", "mlp")
         return project(inner, self.down[...], outputs_first=self.outputs_first)
 
 

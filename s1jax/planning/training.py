@@ -14,14 +14,14 @@ from huggingface_hub.errors import HFValidationError
 from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 
-from s1jax.config import TrainConfig
+from s1jax.config import Remat, TrainConfig
 from s1jax.data.examples import Example
 from s1jax.data.packing import Batch
 from s1jax.mesh import make_mesh
 from s1jax.model.architectures import known_architecture
 from s1jax.model.config import QwenConfig
 from s1jax.model.flops import attention_flops, matmul_parameters
-from s1jax.model.qwen import Qwen, Remat
+from s1jax.model.qwen import Qwen
 from s1jax.planning.estimate import Estimate, Memory, estimate, temporaries, usable_bytes
 from s1jax.planning.hardware import PlanError, Target
 from s1jax.planning.hlo import Collective, Program

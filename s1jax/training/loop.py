@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from s1jax.config import TrainConfig, TrainedModelSection
+from s1jax.config import Remat, TrainConfig, TrainedModelSection
 from s1jax.config_reader import to_dict
 from s1jax.data.examples import Dataset, Example, load_examples
 from s1jax.data.loader import StepLoader
@@ -28,7 +28,7 @@ from s1jax.model.config import QwenConfig
 from s1jax.model.flops import peak_flops, training_flops
 from s1jax.model.hf import export_model, load_params, resolve_model
 from s1jax.model.load import build_model
-from s1jax.model.qwen import Params, Qwen, Remat
+from s1jax.model.qwen import Params, Qwen
 from s1jax.tokenizer import load_tokenizer
 from s1jax.training.checkpoint import Checkpoints
 from s1jax.training.metrics import Tracker, check_trackers, open_trackers, save_provenance

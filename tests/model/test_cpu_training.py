@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s1jax.config import Implementation
 from s1jax.mesh import make_mesh
 from s1jax.model import cpu_kernel
-from s1jax.model.attention import Implementation, attention
+from s1jax.model.attention import attention
 from tests.model.test_projection import needs_kernel
 from tests.reference.attention import reference_attention
 

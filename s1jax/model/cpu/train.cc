@@ -218,6 +218,11 @@ ffi::Error attention_gradients(ffi::ThreadPool pool, Array4 query, Array4 key, A
   return ffi::Error::Success();
 }
 
+// How both functions of attention begin.
+auto bind_inputs() {
+  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array4>().Arg<Array4>().Arg<Array4>().Arg<ffi::BufferR2<ffi::S32>>();
+}
+
 }  // namespace
 }  // namespace s1jax
 
@@ -231,22 +236,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_matmul, s1jax::matmul,
                                   .Attr<bool>("transpose_b"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_attention, s1jax::attention,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<s1jax::Array4>()
-                                  .Arg<s1jax::Array4>()
-                                  .Arg<s1jax::Array4>()
-                                  .Arg<xla::ffi::BufferR2<xla::ffi::S32>>()
+                              s1jax::bind_inputs()
                                   .Ret<s1jax::Array4>()
                                   .Ret<xla::ffi::BufferR3<xla::ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_attention_gradients, s1jax::attention_gradients,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<s1jax::Array4>()
-                                  .Arg<s1jax::Array4>()
-                                  .Arg<s1jax::Array4>()
-                                  .Arg<xla::ffi::BufferR2<xla::ffi::S32>>()
+                              s1jax::bind_inputs()
                                   .Arg<s1jax::Array4>()
                                   .Arg<xla::ffi::BufferR3<xla::ffi::F32>>()
                                   .Arg<s1jax::Array4>()

@@ -1,6 +1,7 @@
-"""Parts of a layer with gradients of their own, for training on a CPU: less is kept for the backward pass.
+"""What a layer computes between its products.
 
-Where there is a kernel, it computes them; decoding, which has no backward pass, leaves them to XLA.
+On a CPU with gradients of their own, which keep less for the backward pass. Where there is a kernel, it computes them
+in training; decoding, which has no backward pass, leaves them to XLA.
 """
 
 from functools import partial
@@ -9,18 +10,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from s1jax.mesh import platform
 from s1jax.model import cpu_kernel
 
 
-@jax.custom_vjp
 def gated(gate: Float[Array, "*shape"], up: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """silu(gate) * up."""
+    return (_gated_on_cpu if platform() == "cpu" else _gate)(gate, up)
+
+
+def _gate(gate: Array, up: Array) -> Array:
     return jax.nn.silu(gate) * up
 
 
 def _gated_forward(gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
-    inner = cpu_kernel.gated(gate, up) if _has_kernel(gate) else jax.nn.silu(gate) * up
-    return inner, (gate, up)
+    return (cpu_kernel.gated if _has_kernel(gate) else _gate)(gate, up), (gate, up)
 
 
 def _gated_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
@@ -31,12 +35,14 @@ def _gated_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, 
     return gradient * up * open_ * (1 + gate * (1 - open_)), gradient * gate * open_
 
 
-gated.defvjp(_gated_forward, _gated_backward)
+_gated_on_cpu = jax.custom_vjp(_gate)
+_gated_on_cpu.defvjp(_gated_forward, _gated_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def normalised(x: Float[Array, "*shape size"], scale: Float[Array, " size"], epsilon: float) -> Float[Array, "..."]:
     """Root-mean-square normalisation over the last dimension in float32, then scaled; in the dtype of `x`."""
+    if platform() == "cpu":
+        return _normalised_on_cpu(x, scale, epsilon)
     return _normalise(x, scale, epsilon)[0]
 
 
@@ -44,6 +50,11 @@ def _normalise(x: Array, scale: Array, epsilon: float) -> tuple[Array, Array]:
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + epsilon)
     return (wide * inverse).astype(x.dtype) * scale.astype(x.dtype), inverse
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _normalised_on_cpu(x: Array, scale: Array, epsilon: float) -> Array:
+    return _normalise(x, scale, epsilon)[0]
 
 
 def _normalise_forward(x: Array, scale: Array, epsilon: float) -> tuple[Array, tuple[Array, Array, Array]]:
@@ -62,7 +73,7 @@ def _normalise_backward(epsilon: float, kept: tuple[Array, Array, Array], gradie
     return (inverse * (of_normal - normal * shared)).astype(x.dtype), of_scale.astype(scale.dtype)
 
 
-normalised.defvjp(_normalise_forward, _normalise_backward)
+_normalised_on_cpu.defvjp(_normalise_forward, _normalise_backward)
 
 
 def _has_kernel(*operands: Array) -> bool:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s1jax.model.cpu_gradients import gated, normalised
+from s1jax.model.gates_and_norms import gated, normalised
 from s1jax.model.projection import project
 
 _CASES: dict[str, tuple[Callable[..., jax.Array], Callable[..., jax.Array], list[tuple[int, ...]]]] = {
