@@ -1,5 +1,6 @@
-"""Waiting for what a running process does."""
+"""Ports for running processes, and waiting for what they do."""
 
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -13,3 +14,10 @@ def wait_until(
         for process in processes:
             assert process.poll() is None, process.communicate()[0]
         time.sleep(seconds)
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

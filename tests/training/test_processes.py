@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -11,15 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.processes import free_port
 from tests.training.conftest import Command, metrics, run, start, wait_for_step
 
 MESH = ["mesh.fsdp=8", "mesh.tensor=2", "training.num_epochs=4", "checkpoint.every_steps=4"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start_both(command: Command, output: Path, *more: str) -> list["subprocess.Popen[str]"]:

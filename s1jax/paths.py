@@ -1,0 +1,328 @@
+"""Local paths, gs:// and s3:// behind the part of pathlib that this project uses.
+
+A path that a person gives goes through `any_path`. Buckets have neither folders, renames nor appending: an object is
+there whole or not at all, which `write_whole` promises of a local file too.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+
+BUCKET_SCHEMES = ("gs", "s3")
+_TIMEOUT_SECONDS = 60
+_ATTEMPTS = 8
+"""Of one request, when the store answers that it is busy or broken."""
+
+
+class PathError(ValueError):
+    """A path of a kind that is not read or written here."""
+
+
+class BucketPath:
+    """An object of a bucket, or all objects below a name; behaves as pathlib's paths do where both have a method.
+
+    Errors are OSErrors that name the path, whichever library found them.
+    """
+
+    def __init__(self, scheme: str, key: str):
+        """`key` is bucket and object, without the scheme."""
+        self.scheme, self._key = scheme, PurePosixPath(key)
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self._key}"
+
+    __repr__ = __str__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BucketPath) and str(other) == str(self)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __lt__(self, other: "BucketPath") -> bool:
+        return str(self) < str(other)
+
+    def __truediv__(self, part: str) -> "BucketPath":
+        return BucketPath(self.scheme, str(self._key / part))
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        return self._key.name
+
+    @property
+    def stem(self) -> str:
+        """The last part without its suffix."""
+        return self._key.stem
+
+    @property
+    def suffix(self) -> str:
+        """From the last dot of the last part on."""
+        return self._key.suffix
+
+    @property
+    def parent(self) -> "BucketPath":
+        """What the object lies in."""
+        return BucketPath(self.scheme, str(self._key.parent))
+
+    @property
+    def bucket(self) -> str:
+        """The bucket's name."""
+        return self._key.parts[0]
+
+    @property
+    def object_name(self) -> str:
+        """The name within the bucket."""
+        return "/".join(self._key.parts[1:])
+
+    def with_name(self, name: str) -> "BucketPath":
+        """Beside this one."""
+        return BucketPath(self.scheme, str(self._key.with_name(name)))
+
+    def relative_to(self, other: "BucketPath") -> PurePosixPath:
+        """The rest of the name below `other`."""
+        return self._key.relative_to(other._key)
+
+    def exists(self) -> bool:
+        """Whether there is such an object, or one below it."""
+        with self._errors():
+            return bool(self._system.exists(str(self._key)))
+
+    def is_file(self) -> bool:
+        """Whether there is an object of exactly this name."""
+        with self._errors():
+            return bool(self._system.isfile(str(self._key)))
+
+    def is_dir(self) -> bool:
+        """Whether there are objects below this name."""
+        with self._errors():
+            return bool(self._system.isdir(str(self._key)))
+
+    def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
+        """Nothing: an object's name needs no folder."""
+
+    def iterdir(self) -> Iterator["BucketPath"]:
+        """What lies directly below, in no fixed order; nothing if there is nothing."""
+        with self._errors():
+            try:
+                names = self._system.ls(str(self._key), detail=False)
+            except FileNotFoundError:
+                names = []
+        for name in names:
+            if name.strip("/") != str(self._key):
+                yield BucketPath(self.scheme, name.strip("/"))
+
+    def files_below(self) -> list["BucketPath"]:
+        """Every object below this name, sorted."""
+        with self._errors():
+            return sorted(BucketPath(self.scheme, name) for name in self._system.find(str(self._key)))
+
+    def read_bytes(self) -> bytes:
+        """The whole object."""
+        with self._errors():
+            return bytes(self._system.cat_file(str(self._key)))
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        """The whole object as text."""
+        return self.read_bytes().decode(encoding)
+
+    def read_range(self, start: int, stop: int) -> bytes:
+        """Bytes from `start` up to `stop`, or up to the end if that is before."""
+        with self._errors():
+            return bytes(self._system.cat_file(str(self._key), start=start, end=stop))
+
+    def size(self) -> int:
+        """Bytes of the object."""
+        with self._errors():
+            return int(self._system.size(str(self._key)))
+
+    def write_bytes(self, content: bytes) -> None:
+        """Replace the object; it is there whole when this returns, or as it was."""
+        with self._errors():
+            self._system.pipe_file(str(self._key), content)
+
+    def write_text(self, content: str, encoding: str = "utf-8") -> None:
+        """Replace the object by a text."""
+        self.write_bytes(content.encode(encoding))
+
+    def create(self, content: bytes) -> bool:
+        """Make the object unless it is there; whether it was made. Of several processes at once, one makes it."""
+        with self._errors():
+            try:
+                self._system.pipe_file(str(self._key), content, mode="create")
+            except FileExistsError:
+                return False
+            except Exception as error:
+                if _code(error) not in ("412", "PreconditionFailed", "409", "ConditionalRequestConflict"):
+                    raise
+                return False
+        return True
+
+    def checksum(self) -> str:
+        """What the store says of the object's content: its size and a digest, made when it was written."""
+        with self._errors():
+            info = self._system.info(str(self._key))
+        digest = info.get("md5Hash") or info.get("crc32c") or info.get("ETag")
+        return f"{info['size']} {digest}"
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Remove the object."""
+        with self._errors():
+            try:
+                self._system.rm_file(str(self._key))
+            except FileNotFoundError:
+                if not missing_ok:
+                    raise
+
+    def remove_below(self) -> None:
+        """Remove every object below this name."""
+        with self._errors(), contextlib.suppress(FileNotFoundError):
+            self._system.rm(str(self._key), recursive=True)
+
+    @property
+    def _system(self) -> Any:
+        return _file_system(self.scheme)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Whatever a store's library raises, as an OSError of one line with the path in it."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise FileNotFoundError(errno.ENOENT, "no such object or bucket", str(self)) from None
+        except PermissionError as error:
+            raise PermissionError(errno.EACCES, f"not permitted ({_first_line(error)})", str(self)) from None
+        except _library_errors() as error:
+            raise OSError(errno.EIO, _first_line(error), str(self)) from error
+
+
+AnyPath = Path | BucketPath
+
+
+def any_path(text: str | AnyPath) -> AnyPath:
+    """The path that a person wrote: local (~ is the home directory), gs://BUCKET/NAME or s3://BUCKET/NAME.
+
+    Raises PathError for any other scheme.
+    """
+    if not isinstance(text, str):
+        return text
+    scheme, separator, key = text.partition("://")
+    if not separator:
+        return Path(text).expanduser()
+    if scheme not in BUCKET_SCHEMES:
+        known = " and ".join(f"{name}://" for name in BUCKET_SCHEMES)
+        raise PathError(f"{text}: {scheme}:// is not known; paths are local, or begin with {known}")
+    if not key.strip("/"):
+        raise PathError(f"{text}: expected {scheme}://BUCKET/NAME")
+    return BucketPath(scheme, key.strip("/"))
+
+
+def write_whole(path: AnyPath, content: str | bytes) -> None:
+    """Replace a file by this content; a reader, or a later start, finds all of it or what was there before.
+
+    Raises OSError, which leaves the file as it was.
+    """
+    content = content.encode("utf-8") if isinstance(content, str) else content
+    if isinstance(path, BucketPath):
+        path.write_bytes(content)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def read_range(path: AnyPath, start: int, out: memoryview) -> int:
+    """Fill `out` with the file's bytes from `start` on; returns how many there were."""
+    if isinstance(path, BucketPath):
+        content = path.read_range(start, start + len(out))
+        out[: len(content)] = content
+        return len(content)
+    done = 0
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while done < len(out) and (count := file.readinto(out[done:])):
+            done += count
+    return done
+
+
+def file_size(path: AnyPath) -> int:
+    """Bytes of a file or object."""
+    return path.size() if isinstance(path, BucketPath) else path.stat().st_size
+
+
+def files_below(path: AnyPath) -> list[AnyPath]:
+    """Every file below a directory, sorted; nothing if there is no such directory."""
+    if isinstance(path, BucketPath):
+        return list(path.files_below())
+    return sorted(p for p in path.rglob("*") if p.is_file())
+
+
+def remove_tree(path: AnyPath) -> None:
+    """Remove a directory with all that is in it, if it is there."""
+    if isinstance(path, BucketPath):
+        path.remove_below()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def free_bytes(path: AnyPath) -> int | None:
+    """Room on the disk of a directory that exists; None for a bucket, which has no bound."""
+    return None if isinstance(path, BucketPath) else shutil.disk_usage(path).free
+
+
+@lru_cache
+def _file_system(scheme: str) -> Any:
+    """The library's side of a scheme. Raises PathError if it is not installed."""
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if scheme == "s3":
+        retries = {"max_attempts": _ATTEMPTS, "mode": "standard"}
+        options["config_kwargs"] = {"retries": retries, "connect_timeout": 10, "read_timeout": _TIMEOUT_SECONDS}
+    else:
+        options["requests_timeout"] = _TIMEOUT_SECONDS
+    try:
+        return fsspec.filesystem(scheme, **options)
+    except ImportError as error:
+        raise PathError(f"{scheme}:// needs {error.name}: pip install '.[buckets]'") from None
+
+
+@lru_cache
+def _library_errors() -> tuple[type[BaseException], ...]:
+    """What the installed stores' libraries raise beside OSError."""
+    errors: list[type[BaseException]] = [OSError]
+    with contextlib.suppress(ImportError):
+        import aiohttp
+        import gcsfs.retry
+        import google.auth.exceptions
+
+        errors += [gcsfs.retry.HttpError, aiohttp.ClientError, google.auth.exceptions.GoogleAuthError]
+    with contextlib.suppress(ImportError):
+        import botocore.exceptions
+
+        errors += [botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError]
+    return tuple(errors)
+
+
+def _code(error: Exception) -> str:
+    """The code that a store's answer had, as its library keeps it."""
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
+    return str(getattr(error, "code", None) or response.get("Error", {}).get("Code", ""))
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or repr(error)
+    return text.splitlines()[0]
