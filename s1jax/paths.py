@@ -143,7 +143,7 @@ class BucketPath:
         with self._errors():
             return int(self._system.size(str(self._key)))
 
-    def write_bytes(self, content: bytes) -> None:
+    def write_bytes(self, content: bytes | bytearray) -> None:
         """Replace the object; it is there whole when this returns, or as it was."""
         with self._errors():
             self._system.pipe_file(str(self._key), content)
@@ -224,7 +224,7 @@ def any_path(text: str | AnyPath) -> AnyPath:
     return BucketPath(scheme, key.strip("/"))
 
 
-def write_whole(path: AnyPath, content: str | bytes) -> None:
+def write_whole(path: AnyPath, content: str | bytes | bytearray) -> None:
     """Replace a file by this content; a reader, or a later start, finds all of it or what was there before.
 
     Raises OSError, which leaves the file as it was.

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from s1jax.demo.tokenizer import build_tokenizer
 from s1jax.model.config import QwenConfig
-from s1jax.model.hf import export_model
+from s1jax.model.export import export_model
 from s1jax.model.qwen import Params, Qwen
 
 CORPUS = [

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from benchmarks.throughput.contest import OURS, THREADS, Comparison, Contender, contenders, take_turns
 from s1jax.demo.tokenizer import build_tokenizer
 from s1jax.model.config import QwenConfig
-from s1jax.model.hf import export_model
+from s1jax.model.export import export_model
 from s1jax.model.qwen import Qwen
 
 _PROMPT, _NEW_TOKENS = 64, 65

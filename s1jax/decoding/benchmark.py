@@ -52,7 +52,7 @@ def benchmark(config: BenchmarkConfig) -> None:
     """Measure, print a table and write `benchmark.output`. Random weights are used where the directory has none."""
     directory = resolve_model(config.model.path)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    has_weights = any(directory.glob("*.safetensors"))
+    has_weights = any(file.suffix == ".safetensors" for file in directory.iterdir())
     param_dtype = inference_param_dtype(config.model, directory, mesh) if has_weights else config.model.dtype
     model = build_model(config.model, QwenConfig.from_directory(directory), param_dtype=param_dtype)
     with jax.set_mesh(mesh):

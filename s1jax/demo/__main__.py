@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from s1jax.demo.problems import write_data
 from s1jax.demo.tokenizer import SYSTEM, build_tokenizer
 from s1jax.model.config import QwenConfig
-from s1jax.model.hf import export_model
+from s1jax.model.export import export_model
 from s1jax.model.qwen import Qwen
 
 NUM_TRAIN, NUM_TEST = 12_000, 300

@@ -6,8 +6,9 @@ Everything this project does not compute exactly is refused here, by name, befor
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from s1jax.paths import AnyPath
 
 
 class UnsupportedConfigError(ValueError):
@@ -95,7 +96,7 @@ class QwenConfig:
         )
 
     @classmethod
-    def from_directory(cls, directory: Path) -> "QwenConfig":
+    def from_directory(cls, directory: AnyPath) -> "QwenConfig":
         """Read `directory`/config.json; errors name the file."""
         return cls.from_hf(read_config_json(directory))
 
@@ -140,7 +141,7 @@ _YARN_KEYS = {
 }
 
 
-def read_config_json(directory: Path) -> dict[str, Any]:
+def read_config_json(directory: AnyPath) -> dict[str, Any]:
     """Parse `directory`/config.json.
 
     Raises FileNotFoundError or UnsupportedConfigError naming the file.

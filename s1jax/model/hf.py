@@ -1,17 +1,17 @@
-"""Weights between Hugging Face directories and sharded arrays.
+"""Weights from Hugging Face directories to sharded arrays.
 
-Reading checks the whole directory first, then each process reads just the slices that its devices hold, one tensor at
-a time. Writing goes to a temporary directory that gets its name only when it is complete.
+The whole directory is checked first, then each process reads the rows of which its devices hold a part, once for all
+of them, block by block.
 """
 
 import json
 import math
 import mmap
-import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import jax
@@ -19,29 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from s1jax.model.config import read_config_json
 from s1jax.model.hf_names import Index, TensorLayout, tensor_layouts
 from s1jax.model.qwen import Params, Qwen
+from s1jax.model.safetensors_files import DTYPES, CheckpointError, StoredTensor, read_header
+from s1jax.paths import AnyPath, BucketPath, any_path
+from s1jax.tokenizer import TOKENIZER_FILES
 
-_SINGLE_FILE = "model.safetensors"
-_INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
 _BLOCK_BYTES = 2**25
 """What is read, cast and transposed at a time."""
 _ALIGNMENT = 64
@@ -49,35 +37,35 @@ _ALIGNMENT = 64
 _HUGE_PAGE = 2**21
 _READERS = 2
 """Threads that read: more hold more blocks in memory, and two already wait for the same memory or disk."""
-_MAX_FILE_BYTES = 5_000_000_000
+_BUCKET_READERS = 8
+"""Of a bucket, each waits for an answer of its own."""
+
+_Spans = tuple[tuple[int, int], ...]
+"""Of each dimension, where a part begins and ends."""
 
 
-class CheckpointError(ValueError):
-    """A model directory that cannot be read as it is, or could not be written; the message lists every problem."""
+class _Piece(NamedTuple):
+    """A part of one layer's parameter, and the array that takes it."""
 
-    def __init__(self, directory: Path | str, problems: list[str]):
-        super().__init__(f"{directory}:\n" + "\n".join(f"  - {problem}" for problem in problems))
-
-
-class _Stored(NamedTuple):
-    """A tensor in a file: where its bytes begin, its shape, and its dtype as safetensors calls it."""
-
-    path: Path
-    offset: int
-    shape: tuple[int, ...]
-    dtype: str
+    spans: _Spans
+    out: np.ndarray
 
 
-def resolve_model(path: str) -> Path:
-    """The local directory of a model: `path` itself, or the download of the hub id that it names.
+_Run = Callable[[Iterable[Callable[[], None]]], None]
 
-    Raises FileNotFoundError if it is neither.
+
+def resolve_model(path: str) -> AnyPath:
+    """The directory of a model: `path` itself, or the download of the hub id that it names.
+
+    Raises FileNotFoundError if it is neither, PathError or another OSError if it cannot be looked at.
     """
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return local
+    directory = any_path(path)
+    if directory.is_dir():
+        return directory
+    if isinstance(directory, BucketPath):
+        raise FileNotFoundError(f"{path}: no objects below this name")
     if path.count("/") == 1 and not path.startswith((".", "/", "~")):
-        patterns = ["*.safetensors", _INDEX_FILE, "config.json", "generation_config.json", *_TOKENIZER_FILES]
+        patterns = ["*.safetensors", INDEX_FILE, "config.json", "generation_config.json", *TOKENIZER_FILES]
         try:
             return Path(snapshot_download(path, allow_patterns=patterns))
         except (OSError, HFValidationError) as error:
@@ -85,12 +73,12 @@ def resolve_model(path: str) -> Path:
     raise FileNotFoundError(f"{path}: no such directory (a hub id is written owner/name)")
 
 
-def stored_dtypes(directory: Path) -> set[str]:
+def stored_dtypes(directory: AnyPath) -> set[str]:
     """The dtypes of a checkpoint's tensors, as safetensors calls them. Raises CheckpointError if it cannot be read."""
     return {tensor.dtype for tensor in _find(directory).values()}
 
 
-def load_params(directory: Path, model: Qwen, mesh: Mesh, *, stacked: bool = True) -> Params:
+def load_params(directory: AnyPath, model: Qwen, mesh: Mesh, *, stacked: bool = True) -> Params:
     """Read a checkpoint into arrays sharded over the mesh, cast to `model.param_dtype`; layers stacked or unrolled.
 
     Raises CheckpointError with all that is wrong with the directory, MeshError if the model does not fit the mesh.
@@ -99,56 +87,91 @@ def load_params(directory: Path, model: Qwen, mesh: Mesh, *, stacked: bool = Tru
     abstract = model.abstract_params(mesh, stacked=stacked)
     layouts = tensor_layouts(model.config, stacked=stacked)
     params: Params = {}
-    with ThreadPoolExecutor(_READERS) as readers:
-        arrays = readers.map(lambda layout: _read(layout, _get(abstract, layout.path), stored), layouts)
+    with ThreadPoolExecutor(_READERS) as readers, _reading(directory) as run:
+        arrays = readers.map(lambda layout: _read(layout, get_at(abstract, layout.path), stored, run), layouts)
         for layout, array in zip(layouts, arrays, strict=True):
             _set(params, layout.path, array)
     return params
 
 
-def _read(layout: TensorLayout, leaf: jax.ShapeDtypeStruct, tensors: dict[str, _Stored]) -> jax.Array:
-    layer_shape = leaf.shape[1:] if layout.per_layer else leaf.shape
+@contextmanager
+def _reading(directory: AnyPath) -> Iterator[_Run]:
+    """What carries out the readings of a parameter: in turn from a disk, several at a time from a bucket."""
 
-    def fill(out: np.ndarray, name: str, index: Index) -> None:
-        tensor = tensors[name]
-        if layout.as_stored and out.dtype == _DTYPES[tensor.dtype] and out.size == math.prod(tensor.shape):
-            _read_bytes(tensor, out)
-            return
-        # Opened for each tensor: a map kept open would hold every page that was ever read in memory.
-        with safe_open(tensor.path, framework="np") as file:
-            stored = file.get_slice(name)
-            for block, here in _blocks(layout, index, out):
-                part = stored[layout.hf_index(block, layer_shape)]
-                if layout.as_stored:
-                    _cast(part, out[here].reshape(part.shape))
-                else:
-                    # Cast before transposing: converting strided bfloat16 is several times slower.
-                    cast = part if part.dtype == out.dtype else _cast(part, np.empty(part.shape, out.dtype))
-                    out[here] = layout.from_hf(cast, out[here].shape)
+    def in_turn(readings: Iterable[Callable[[], None]]) -> None:
+        for read in readings:
+            read()
 
-    def shard(index: Index | None) -> np.ndarray:
-        index = index or ()
-        spans = [cut.indices(size) for cut, size in zip(index, leaf.shape, strict=True)]
-        out = _aligned([stop - start for start, stop, _ in spans], leaf.dtype)
-        if layout.per_layer:
-            for i, layer in enumerate(range(*spans[0])):
-                fill(out[i], layout.name.format(layer), index[1:])
+    if not isinstance(directory, BucketPath):
+        yield in_turn
+        return
+    with ThreadPoolExecutor(_BUCKET_READERS) as pool:
+
+        def at_once(readings: Iterable[Callable[[], None]]) -> None:
+            for _ in pool.map(lambda read: read(), readings):
+                pass
+
+        yield at_once
+
+
+def _read(layout: TensorLayout, leaf: jax.ShapeDtypeStruct, tensors: dict[str, StoredTensor], run: _Run) -> jax.Array:
+    indices = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+    parts = {
+        spans: _aligned([stop - start for start, stop in spans], leaf.dtype)
+        for spans in {_spans(index, leaf.shape) for index in indices}
+    }
+    run(_readings(layout, leaf.shape, tensors, parts))
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: parts[_spans(index, leaf.shape)])
+
+
+def _spans(index: Index | None, shape: tuple[int, ...]) -> _Spans:
+    return tuple(cut.indices(size)[:2] for cut, size in zip(index or [slice(None)] * len(shape), shape, strict=True))
+
+
+def _readings(
+    layout: TensorLayout, shape: tuple[int, ...], tensors: dict[str, StoredTensor], parts: dict[_Spans, np.ndarray]
+) -> Iterator[Callable[[], None]]:
+    """Readings that together fill these parts of a parameter, each of one block of rows for all that need them."""
+    layer_shape = shape[1:] if layout.per_layer else shape
+    dimension = layout.groups[0][0]
+    for layer in range(shape[0] if layout.per_layer else 1):
+        tensor = tensors[layout.name.format(layer)]
+        by_rows: dict[tuple[int, int], list[_Piece]] = {}
+        for spans, out in parts.items():
+            piece = _Piece(spans[1:], out[layer]) if layout.per_layer else _Piece(spans, out)
+            by_rows.setdefault(piece.spans[dimension], []).append(piece)
+        step = max(1, _BLOCK_BYTES * layer_shape[dimension] // (tensor.stop - tensor.start))
+        for (first, last), pieces in by_rows.items():
+            for start in range(first, last, step):
+                yield partial(_read_block, layout, layer_shape, tensor, pieces, start, min(start + step, last))
+
+
+def _read_block(
+    layout: TensorLayout, shape: tuple[int, ...], tensor: StoredTensor, pieces: list[_Piece], start: int, stop: int
+) -> None:
+    """Read the tensor's rows from `start` up to `stop`, counted in our dimension, and put each piece where it goes."""
+    dimension = layout.groups[0][0]
+    rows_each = tensor.shape[0] // shape[dimension]
+    first, last = start * rows_each, stop * rows_each
+    targets = []
+    for spans, out in pieces:
+        here = [slice(None)] * out.ndim
+        here[dimension] = slice(start - spans[dimension][0], stop - spans[dimension][0])
+        targets.append(out[tuple(here)])
+    whole = targets[0].nbytes == (last - first) * tensor.row_bytes and targets[0].dtype == DTYPES[tensor.dtype]
+    if layout.as_stored and whole and len(targets) == 1:
+        tensor.read_rows(first, last, targets[0])
+        return
+    block = tensor.read_rows(first, last)
+    for (spans, _), target in zip(pieces, targets, strict=True):
+        columns = layout.hf_index(tuple(slice(*span) for span in spans), shape)[1:]
+        part = block[:, *columns]
+        if layout.as_stored:
+            _cast(part, target.reshape(part.shape))
         else:
-            fill(out, layout.name, index)
-        return out
-
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, shard)
-
-
-def _read_bytes(tensor: _Stored, out: np.ndarray) -> None:
-    """Read a whole tensor to where it stays, four times as fast as through safetensors' mapped file."""
-    left = memoryview(out.reshape(-1).view(np.uint8).data)
-    with tensor.path.open("rb", buffering=0) as file:
-        file.seek(tensor.offset)
-        while left and (count := file.readinto(left)):
-            left = left[count:]
-    if left:
-        raise CheckpointError(tensor.path, ["ends before its tensors do"])
+            # Cast before transposing: converting strided bfloat16 is several times slower.
+            cast = part if part.dtype == target.dtype else _cast(part, np.empty(part.shape, target.dtype))
+            target[...] = layout.from_hf(cast, target.shape)
 
 
 def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
@@ -176,23 +199,11 @@ def _cast(values: np.ndarray, out: np.ndarray) -> np.ndarray:
     return out
 
 
-def _blocks(layout: TensorLayout, index: Index, out: np.ndarray) -> Iterator[tuple[Index, Index]]:
-    """Cut what is to be read along the tensor's first stored dimension: parts of the parameter, and where in `out`."""
-    dimension = layout.groups[0][0]
-    offset = index[dimension].start or 0
-    rows = max(1, _BLOCK_BYTES * out.shape[dimension] // max(out.nbytes, 1))
-    for start in range(0, out.shape[dimension], rows):
-        stop = min(start + rows, out.shape[dimension])
-        block, here = list(index), [slice(None)] * out.ndim
-        block[dimension], here[dimension] = slice(offset + start, offset + stop), slice(start, stop)
-        yield tuple(block), tuple(here)
-
-
-def _check(directory: Path, model: Qwen) -> dict[str, _Stored]:
+def _check(directory: AnyPath, model: Qwen) -> dict[str, StoredTensor]:
     """Every tensor that the model needs; raises CheckpointError with everything that is amiss."""
     problems: list[str] = []
     found = _find(directory)
-    wanted = _expected_shapes(model)
+    wanted = expected_shapes(model)
     ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
     if model.config.tie_word_embeddings:
         ignored.add("lm_head.weight")  # Some tied checkpoints carry the copy; transformers ignores it too.
@@ -204,53 +215,49 @@ def _check(directory: Path, model: Qwen) -> dict[str, _Stored]:
         stored = found[name]
         if stored.shape != shape:
             problems.append(f"{name} has shape {list(stored.shape)}, config.json implies {list(shape)}")
-        if stored.dtype not in _DTYPES:
-            problems.append(f"{name} is stored as {stored.dtype}; expected one of {', '.join(sorted(_DTYPES))}")
+        if stored.dtype not in DTYPES:
+            problems.append(f"{name} is stored as {stored.dtype}; expected one of {', '.join(sorted(DTYPES))}")
     if problems:
         raise CheckpointError(directory, problems)
     return {name: found[name] for name in wanted}
 
 
-def _find(directory: Path) -> dict[str, _Stored]:
+def _find(directory: AnyPath) -> dict[str, StoredTensor]:
     """Every tensor that is there; raises CheckpointError with every file that is amiss."""
     problems: list[str] = []
-    found: dict[str, _Stored] = {}
-    for path, expected in _weight_files(directory, problems):
+    found: dict[str, StoredTensor] = {}
+    files = _weight_files(directory, problems)
+    with ThreadPoolExecutor(_BUCKET_READERS) as readers:
+        headers = [readers.submit(read_header, path) for path, _ in files]
+    for (path, expected), header in zip(files, headers, strict=True):
         try:
-            with safe_open(path, framework="np") as file:
-                names = set(file.keys())
-                offsets = _offsets(path)
-                for name in names:
-                    tensor = file.get_slice(name)
-                    found[name] = _Stored(path, offsets[name], tuple(tensor.get_shape()), tensor.get_dtype())
+            names = header.result()
         except FileNotFoundError:
             problems.append(f"{path.name}: no such file")
             continue
-        except (SafetensorError, OSError) as error:
+        except ValueError as error:
             problems.append(f"{path.name}: not a whole safetensors file ({error})")
             continue
-        problems += [f"{path.name}: the index places {name} here, but it is not" for name in sorted(expected - names)]
+        except OSError as error:
+            problems.append(f"{path.name}: cannot be read ({error})")
+            continue
+        found.update(names)
+        problems += [
+            f"{path.name}: the index places {name} here, but it is not" for name in sorted(expected - names.keys())
+        ]
     if problems:
         raise CheckpointError(directory, problems)
     return found
 
 
-def _offsets(path: Path) -> dict[str, int]:
-    """Where the bytes of each tensor of a safetensors file begin."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
-
-
-def _weight_files(directory: Path, problems: list[str]) -> list[tuple[Path, set[str]]]:
+def _weight_files(directory: AnyPath, problems: list[str]) -> list[tuple[AnyPath, set[str]]]:
     """Each safetensors file of the checkpoint with the tensors that the index places in it."""
-    if (directory / _SINGLE_FILE).exists():
-        return [(directory / _SINGLE_FILE, set())]
-    index = directory / _INDEX_FILE
+    if (directory / SINGLE_FILE).exists():
+        return [(directory / SINGLE_FILE, set())]
+    index = directory / INDEX_FILE
     if not index.exists():
         pickles = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLE_SUFFIXES)
-        problem = f"no {_SINGLE_FILE} and no {_INDEX_FILE}"
+        problem = f"no {SINGLE_FILE} and no {INDEX_FILE}"
         if pickles:
             problem += f"; pickle files ({', '.join(pickles)}) can run code and are not read: convert them first"
         problems.append(problem)
@@ -261,24 +268,24 @@ def _weight_files(directory: Path, problems: list[str]) -> list[tuple[Path, set[
         for name, file in weight_map.items():
             by_file.setdefault(file, set()).add(name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        problems.append(f"{_INDEX_FILE}: not an index with a weight_map ({error!r})")
+        problems.append(f"{INDEX_FILE}: not an index with a weight_map ({error!r})")
         return []
-    outside = sorted(file for file in by_file if Path(file).is_absolute() or ".." in Path(file).parts)
-    problems += [f"{_INDEX_FILE}: names {file}, outside the directory" for file in outside]
+    outside = sorted(file for file in by_file if file.startswith("/") or ".." in PurePosixPath(file).parts)
+    problems += [f"{INDEX_FILE}: names {file}, outside the directory" for file in outside]
     return [(directory / file, names) for file, names in sorted(by_file.items()) if file not in outside]
 
 
-def _expected_shapes(model: Qwen) -> dict[str, tuple[int, ...]]:
+def expected_shapes(model: Qwen) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the checkpoint, in the order of the layers."""
     abstract = model.abstract_params()
     shapes = {}
-    for layout, layer in _tensors(model):
-        shape = _get(abstract, layout.path).shape
+    for layout, layer in stored_tensors(model):
+        shape = get_at(abstract, layout.path).shape
         shapes[layout.name.format(layer)] = layout.hf_shape(shape[1:] if layout.per_layer else shape)
     return shapes
 
 
-def _tensors(model: Qwen) -> Iterator[tuple[TensorLayout, int]]:
+def stored_tensors(model: Qwen) -> Iterator[tuple[TensorLayout, int]]:
     """Every stored tensor as its layout and layer (0 where there is but one), layers together."""
     layouts = tensor_layouts(model.config)
     yield from ((layout, 0) for layout in layouts if not layout.per_layer)
@@ -286,107 +293,8 @@ def _tensors(model: Qwen) -> Iterator[tuple[TensorLayout, int]]:
         yield from ((layout, layer) for layout in layouts if layout.per_layer)
 
 
-def export_model(
-    directory: Path,
-    model: Qwen,
-    params: Params,
-    *,
-    source: Path | None = None,
-    dtype: DTypeLike | None = None,
-    max_file_bytes: int = _MAX_FILE_BYTES,
-) -> None:
-    """Write a directory that transformers and vLLM load; all processes take part, the first one writes.
-
-    `source` is the model directory that the configuration and the tokenizer files come from. `dtype` is what the
-    weights are stored as (default: as they are). Raises CheckpointError if `directory` exists or cannot be written;
-    then nothing stands under that name.
-    """
-    if directory.exists():
-        raise CheckpointError(directory, ["already exists; choose another name or remove it"])
-    writer = jax.process_index() == 0
-    partial = directory.with_name(f".{directory.name}.partial")
-    try:
-        if writer:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        _write_weights(partial if writer else None, model, params, np.dtype(dtype or model.param_dtype), max_file_bytes)
-        if writer:
-            _write_texts(partial, model, source, np.dtype(dtype or model.param_dtype))
-            _sync(partial)
-            partial.rename(directory)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(directory, [f"could not be written: {error}"]) from error
-    multihost_utils.sync_global_devices(f"exported {directory}")
-
-
-def _write_weights(directory: Path | None, model: Qwen, params: Params, dtype: np.dtype, max_file_bytes: int) -> None:
-    shapes = _expected_shapes(model)
-    files: list[list[tuple[TensorLayout, int]]] = [[]]
-    size = total = 0
-    for layout, layer in _tensors(model):
-        nbytes = int(np.prod(shapes[layout.name.format(layer)])) * dtype.itemsize
-        if files[-1] and size + nbytes > max_file_bytes:
-            files.append([])
-            size = 0
-        files[-1].append((layout, layer))
-        size += nbytes
-        total += nbytes
-    weight_map = {}
-    for number, tensors in enumerate(files, start=1):
-        name = _SINGLE_FILE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        content = {}
-        for layout, layer in tensors:
-            array = _get(params, layout.path)
-            host = _to_host(array[layer] if layout.per_layer else array)
-            if directory:
-                content[layout.name.format(layer)] = layout.to_hf(host.astype(dtype, copy=False))
-        weight_map.update(dict.fromkeys(content, name))
-        if directory:
-            save_file(content, directory / name, metadata={"format": "pt"})
-    if directory and len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / _INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
-
-
-def _to_host(array: jax.Array) -> np.ndarray:
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def _write_texts(directory: Path, model: Qwen, source: Path | None, dtype: np.dtype) -> None:
-    """config.json, generation_config.json and the tokenizer's files."""
-    config: dict[str, Any] = read_config_json(source) if source else model.config.to_hf()
-    # Both names of it: transformers 5 reads the first, version 4 and vLLM the second.
-    config["dtype"] = config["torch_dtype"] = jnp.dtype(dtype).name
-    _write_json(directory / "config.json", config)
-    generation = source / "generation_config.json" if source else None
-    if generation and generation.is_file():
-        shutil.copyfile(generation, directory / generation.name)
-    else:
-        special = ("bos_token_id", "eos_token_id", "pad_token_id")
-        _write_json(directory / "generation_config.json", {k: v for k, v in config.items() if k in special})
-    for name in _TOKENIZER_FILES:
-        if source and (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(directory: Path) -> None:
-    """Have the disk hold the files before they get their final name."""
-    for path in [*directory.iterdir(), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _get(tree: dict[Any, Any], path: tuple[str | int, ...]) -> Any:
+def get_at(tree: dict[Any, Any], path: tuple[str | int, ...]) -> Any:
+    """What a nested dict holds at this path."""
     for name in path:
         tree = tree[name]
     return tree

@@ -6,6 +6,7 @@ projection that they store as (heads * head_dim, hidden) is (hidden, heads, head
 
 from dataclasses import dataclass, replace
 
+import jax
 import numpy as np
 
 from s1jax.model.config import QwenConfig
@@ -57,10 +58,10 @@ class TensorLayout:
         order = [dimension for group in self.groups for dimension in group]
         return tensor.reshape([shape[d] for d in order]).transpose(np.argsort(order))
 
-    def to_hf(self, array: np.ndarray) -> np.ndarray:
-        """Our array as the stored tensor, contiguous as safetensors requires."""
+    def to_hf(self, array: jax.Array) -> jax.Array:
+        """One layer's parameter as the stored tensor."""
         order = [dimension for group in self.groups for dimension in group]
-        return np.ascontiguousarray(array.transpose(order).reshape(self.hf_shape(array.shape)))
+        return array.transpose(order).reshape(self.hf_shape(array.shape))
 
 
 _HEAD_BIAS = ((0, 1),)

@@ -3,7 +3,6 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from s1jax.model import cpu_kernel
 from s1jax.model.config import QwenConfig
 from s1jax.model.hf import load_params, resolve_model, stored_dtypes
 from s1jax.model.qwen import Params, Qwen
+from s1jax.paths import AnyPath
 from s1jax.tokenizer import load_tokenizer
 
 
@@ -26,7 +26,7 @@ class LoadedModel:
     model: Qwen
     params: Params
     mesh: Mesh
-    directory: Path
+    directory: AnyPath
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -45,7 +45,7 @@ def build_model(section: ModelSection, config: QwenConfig, *, param_dtype: str, 
     )
 
 
-def inference_param_dtype(section: ModelSection, directory: Path, mesh: Mesh) -> str:
+def inference_param_dtype(section: ModelSection, directory: AnyPath, mesh: Mesh) -> str:
     """The dtype in which parameters are kept: that of the computation, or the checkpoint's bfloat16 under float32.
 
     The latter only where products widen weights as they read them: the numbers are the same, and half as many bytes.

@@ -25,8 +25,9 @@ from s1jax.data.packing import Batch
 from s1jax.device_memory import keep_freed_memory
 from s1jax.mesh import batch_shards, make_mesh, process_row_shard, start_distributed
 from s1jax.model.config import QwenConfig
+from s1jax.model.export import export_model
 from s1jax.model.flops import peak_flops, training_flops
-from s1jax.model.hf import export_model, load_params, resolve_model
+from s1jax.model.hf import load_params, resolve_model
 from s1jax.model.load import build_model
 from s1jax.model.qwen import Params, Qwen
 from s1jax.tokenizer import load_tokenizer

@@ -15,8 +15,10 @@ from safetensors.numpy import load_file, save_file
 
 from s1jax.mesh import make_mesh
 from s1jax.model.config import QwenConfig, UnsupportedConfigError
-from s1jax.model.hf import CheckpointError, export_model, load_params, resolve_model
+from s1jax.model.export import export_model
+from s1jax.model.hf import load_params, resolve_model
 from s1jax.model.qwen import Qwen
+from s1jax.model.safetensors_files import CheckpointError
 from tests.small_disk import small_disk
 from tests.tiny import QWEN2, QWEN3, model_directory, random_params
 
@@ -226,12 +228,12 @@ def test_a_killed_export_leaves_no_model_and_the_next_one_succeeds(copy: Path, t
     model, params = read(copy)
     script = (
         "import os, signal, sys; from pathlib import Path; import jax.numpy as jnp\n"
-        "from s1jax.model import hf; from s1jax.model.config import QwenConfig; from s1jax.model.qwen import Qwen\n"
-        "from s1jax.mesh import make_mesh\n"
+        "from s1jax.model import export, hf; from s1jax.model.config import QwenConfig\n"
+        "from s1jax.mesh import make_mesh; from s1jax.model.qwen import Qwen\n"
         "model = Qwen(QwenConfig.from_directory(Path(sys.argv[1])), dtype=jnp.float32)\n"
         "params = hf.load_params(Path(sys.argv[1]), model, make_mesh())\n"
-        "hf._write_texts = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "hf.export_model(Path(sys.argv[2]), model, params)\n"
+        "export._write_texts = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "export.export_model(Path(sys.argv[2]), model, params)\n"
     )
     target = tmp_path / "target"
     killed = subprocess.run([sys.executable, "-c", script, copy, target], cwd=Path(__file__).parents[2], check=False)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from s1jax.model.config import QwenConfig
-from s1jax.model.hf import export_model
+from s1jax.model.export import export_model
 from s1jax.model.qwen import Qwen
 from tests.tiny import QWEN2, QWEN3, random_params
 

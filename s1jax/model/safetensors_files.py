@@ -1,0 +1,119 @@
+"""Tensors of safetensors files, on disks and in buckets, read and written by ranges of bytes.
+
+A file is 8 bytes with the length of its header, the header in JSON, and the bytes of one tensor after another
+(https://github.com/huggingface/safetensors#format).
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from s1jax.paths import AnyPath, BucketPath, file_size, read_range
+
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+"""Of the tensors that are read and written here, by the names that safetensors has for them."""
+_HEADER_BYTES = 2**17
+"""What is read of a file at first: most headers are shorter."""
+
+
+class CheckpointError(ValueError):
+    """A model directory that cannot be read as it is, or could not be written; the message lists every problem."""
+
+    def __init__(self, directory: AnyPath | str, problems: list[str]):
+        super().__init__(f"{directory}:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a file: where its bytes begin and end, its shape, and its dtype as safetensors calls it."""
+
+    path: AnyPath
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one index of the first dimension."""
+        return (self.stop - self.start) // self.shape[0]
+
+    def read_rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Rows from `start` up to `stop`, read into `out` (contiguous, of the tensor's dtype) if it is given.
+
+        Raises OSError, or CheckpointError if the file ends before them.
+        """
+        begin, wanted = self.start + start * self.row_bytes, (stop - start) * self.row_bytes
+        if out is None and isinstance(self.path, BucketPath):
+            content = np.frombuffer(self.path.read_range(begin, begin + wanted), np.uint8)
+            count = content.size
+        else:
+            content = np.empty(wanted, np.uint8) if out is None else out.reshape(-1).view(np.uint8)
+            count = read_range(self.path, begin, content.data)
+        if count < wanted:
+            raise CheckpointError(self.path, ["ends before its tensors do"])
+        return content.view(DTYPES[self.dtype]).reshape(stop - start, *self.shape[1:])
+
+
+def read_header(path: AnyPath) -> dict[str, StoredTensor]:
+    """Every tensor of a file by its name.
+
+    Raises OSError, or ValueError that says why this is not a whole safetensors file.
+    """
+    size = file_size(path)
+    first = bytearray(min(size, _HEADER_BYTES))
+    read_range(path, 0, memoryview(first))
+    length = int.from_bytes(first[:8], "little")
+    if size < 8 or 8 + length > size:
+        raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
+    if 8 + length > len(first):
+        rest = bytearray(8 + length - len(first))
+        read_range(path, len(first), memoryview(rest))
+        first += rest
+    header = json.loads(bytes(first[8 : 8 + length]))
+    try:
+        tensors = {}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, stop = entry["data_offsets"]
+                tensors[name] = StoredTensor(
+                    path, 8 + length + start, 8 + length + stop, tuple(entry["shape"]), entry["dtype"]
+                )
+        last = max((tensor.stop for tensor in tensors.values()), default=8 + length)
+        sizes = {
+            name: math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+            for name, tensor in tensors.items()
+            if tensor.dtype in DTYPES
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"a header that does not describe tensors: {error!r}") from None
+    if last != size:
+        raise ValueError(f"{size:,} bytes, {last:,} by its header")
+    for name, nbytes in sizes.items():
+        if nbytes != tensors[name].stop - tensors[name].start:
+            raise ValueError(f"{name}: {tensors[name].stop - tensors[name].start:,} bytes, {nbytes:,} by its shape")
+    return tensors
+
+
+def make_file(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> tuple[bytearray, dict[str, np.ndarray]]:
+    """The bytes of a file with tensors of these shapes, and each tensor within it, still to be filled."""
+    (dtype_name,) = (name for name, known in DTYPES.items() if known == dtype)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        nbytes = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": dtype_name, "shape": shape, "data_offsets": (offset, offset + nbytes)}
+        offset += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    content = bytearray(8 + len(text) + offset)
+    content[: 8 + len(text)] = len(text).to_bytes(8, "little") + text
+    tensors, at = {}, 8 + len(text)
+    for name, shape in shapes.items():
+        nbytes = math.prod(shape) * dtype.itemsize
+        tensors[name] = np.frombuffer(content, np.uint8, nbytes, at).view(dtype).reshape(shape)
+        at += nbytes
+    return content, tensors
