@@ -127,11 +127,14 @@ class MeshSection:
     data: Integer = Field(default=1, description="replicas; -1: all devices that are left")
     fsdp: Integer = Field(default=-1, description="shards of parameters and batch; -1: all devices that are left")
     tensor: Integer = Field(default=1, description="shards of heads, feed-forward and vocabulary")
-    coordinator: str | None = Field(
-        default=None, description="host:port of process 0, where no scheduler (SLURM, Open MPI, GKE, Cloud TPU) tells"
+    copies: Literal["hosts"] | None = Field(
+        default=None,
+        description="decoding: hosts = a copy of the model for each process, one a host, which takes its share of the "
+        "requests; null: one model over all processes",
     )
-    num_processes: Positive | None = Field(default=None, description="with coordinator: how many processes there are")
-    process_id: WholeNumber | None = Field(default=None, description="with coordinator: which one this is, from 0")
+    coordinator: str | None = Field(default=None, description="host:port of process 0, where no launcher tells it")
+    num_processes: Positive | None = Field(default=None, description="how many there are, where no launcher tells")
+    process_id: WholeNumber | None = Field(default=None, description="which one this is, from 0, likewise")
 
 
 @dataclass(frozen=True, config=STRICT)

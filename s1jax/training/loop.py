@@ -23,12 +23,13 @@ from s1jax.data.examples import Dataset, Example, load_examples
 from s1jax.data.loader import StepLoader
 from s1jax.data.packing import Batch
 from s1jax.device_memory import keep_freed_memory
-from s1jax.mesh import batch_shards, make_mesh, process_row_shard, start_distributed
+from s1jax.mesh import batch_shards, make_mesh, process_row_shard
 from s1jax.model.config import QwenConfig
 from s1jax.model.flops import peak_flops, training_flops
 from s1jax.model.hf import export_model, load_params, resolve_model
 from s1jax.model.load import build_model
 from s1jax.model.qwen import Params, Qwen
+from s1jax.processes import start_processes
 from s1jax.tokenizer import load_tokenizer
 from s1jax.training.checkpoint import Checkpoints
 from s1jax.training.metrics import Tracker, check_trackers, open_trackers, save_provenance
@@ -54,7 +55,7 @@ def train(config: TrainConfig) -> int:
 
     Raises ValueError, OSError or RuntimeError with a message for the person who started the run.
     """
-    start_distributed(config.mesh)
+    start_processes(config.mesh)
     if jax.default_backend() == "cpu":
         keep_freed_memory()
     directory = Path(config.training.output_dir)
