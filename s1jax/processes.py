@@ -6,9 +6,10 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -17,6 +18,8 @@ from jax.experimental import multihost_utils
 from s1jax.config import MeshSection
 from s1jax.launchers import Environment, LaunchError, find_place, local_device_ids
 from s1jax.paths import AnyPath, write_whole
+
+Result = TypeVar("Result")
 
 START_SECONDS = 1800
 """How long the first process waits for the last one: machines of a gang come up one by one."""
@@ -88,12 +91,27 @@ def start_processes(section: MeshSection, environment: Environment | None = None
 
 def agree_any(flag: bool) -> bool:
     """Whether the flag is set in any process, the same answer in all."""
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+    return flag if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
 def agree_all(flag: bool) -> bool:
     """Whether the flag is set in all processes, the same answer in all."""
-    return bool(np.all(multihost_utils.process_allgather(np.array(flag))))
+    return flag if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.array(flag))))
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """Do what may fail in one process alone; if it does, the others end with it, instead of waiting for it.
+
+    The action may not itself wait for other processes. Raises what it raises, or ProcessError where another's failed.
+    """
+    try:
+        result = action()
+    except (ValueError, OSError, RuntimeError, ImportError):
+        agree_all(False)
+        raise
+    if not agree_all(True):
+        raise ProcessError("another process could not start; its own message says why")
+    return result
 
 
 def broadcast(content: bytes) -> bytes:
@@ -119,11 +137,11 @@ def same_everywhere(facts: Mapping[str, str]) -> None:
     values = ["\n".join(names), *(facts[name] for name in names)]
     of_names = multihost_utils.process_allgather(_digest(values[0]))
     if (different := _unlike_first(of_names)).size:
-        raise ProcessError(f"{_listed(different)} run another version of s1jax than the first process")
+        raise ProcessError(f"{_listed(different)} another version of s1jax than the first process")
     digests = multihost_utils.process_allgather(np.stack([_digest(value) for value in values]))
     for number, name in enumerate(names, start=1):
         if (different := _unlike_first(digests[:, number])).size:
-            raise ProcessError(f"{name}: {_listed(different)} have another value than the first process")
+            raise ProcessError(f"{name}: {_listed(different)} another value than the first process")
 
 
 def see_same_directory(directory: AnyPath) -> None:
@@ -145,8 +163,8 @@ def see_same_directory(directory: AnyPath) -> None:
         seal.unlink(missing_ok=True)
     if (blind := np.flatnonzero(~everywhere)).size:
         raise ProcessError(
-            f"{directory}: {_listed(blind)} do not see what the first process writes there: it must be on a file "
-            "system that all hosts share, or be gs:// or s3://"
+            f"{directory}: {_listed(blind)} another directory than the first process: it must be on a file system that "
+            "all hosts share, or be gs:// or s3://"
         )
 
 
@@ -159,7 +177,8 @@ def _unlike_first(digests: np.ndarray) -> np.ndarray:
 
 
 def _listed(processes: np.ndarray) -> str:
-    return f"process{'es' if processes.size > 1 else ''} {', '.join(map(str, processes.tolist()))}"
+    numbers = ", ".join(map(str, processes.tolist()))
+    return f"processes {numbers} have" if processes.size > 1 else f"process {numbers} has"
 
 
 def _wait_for_name(address: str) -> None:

@@ -54,7 +54,7 @@ def check_config(directory: Path, config: TrainConfig, fingerprint: str) -> None
     Differences are printed. Raises RunError if one changes the training and `training.force` is not set.
     """
     path = directory / "config.json"
-    current = {**_flat(to_dict(config)), "data fingerprint": fingerprint}
+    current = {**settings(config), "data fingerprint": fingerprint}
     if path.is_file():
         started = json.loads(path.read_text(encoding="utf-8"))
         changed = [key for key in sorted({*started, *current}) if started.get(key) != current.get(key)]
@@ -70,6 +70,11 @@ def check_config(directory: Path, config: TrainConfig, fingerprint: str) -> None
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(current, indent=2) + "\n", encoding="utf-8")
         partial.rename(path)
+
+
+def settings(config: TrainConfig) -> dict[str, Any]:
+    """Every key of a configuration under its dotted name."""
+    return _flat(to_dict(config))
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
