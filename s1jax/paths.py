@@ -25,6 +25,14 @@ class PathError(ValueError):
     """A path of a kind that is not read or written here."""
 
 
+class WriteError(OSError):
+    """What could not be written; the message names the file, the reason, and what of it is intact."""
+
+    def __init__(self, path: "AnyPath", error: OSError, intact: str):
+        """`intact` is a clause that follows the reason."""
+        super().__init__(f"{path}: {error.strerror or error}; {intact}")
+
+
 class BucketPath:
     """An object of a bucket, or all objects below a name; behaves as pathlib's paths do where both have a method.
 
@@ -227,12 +235,19 @@ def any_path(text: str | AnyPath) -> AnyPath:
 def write_whole(path: AnyPath, content: str | bytes) -> None:
     """Replace a file by this content; a reader, or a later start, finds all of it or what was there before.
 
-    Raises OSError, which leaves the file as it was.
+    Raises WriteError, which leaves the file as it was.
     """
     content = content.encode("utf-8") if isinstance(content, str) else content
-    if isinstance(path, BucketPath):
-        path.write_bytes(content)
-        return
+    try:
+        if isinstance(path, BucketPath):
+            path.write_bytes(content)
+        else:
+            _replace(path, content)
+    except OSError as error:
+        raise WriteError(path, error, "it is as it was before") from None
+
+
+def _replace(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -242,7 +257,8 @@ def write_whole(path: AnyPath, content: str | bytes) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise
 
 
