@@ -116,6 +116,7 @@ print(broadcast(long if own.index == 0 else b"") == long, broadcast(b"") == b"")
 print(agree_any(own.index == 1), agree_all(own.index == 1))
 same_everywhere({"a": "1", "b": "2"})
 see_same_directory(Path(os.environ["SHARED"]))
+agree_all(True)
 print(sorted(p.name for p in Path(os.environ["SHARED"]).iterdir()))
 for facts in ({"a": "1", "data": str(own.index)}, {"a": "1"} if own.index else {"b": "1"}):
     try:
