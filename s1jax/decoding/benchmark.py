@@ -1,7 +1,6 @@
 """How fast prefill and decoding are, against how fast this device copies memory."""
 
 import json
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from s1jax.decoding.budget import Phase, RowParams, RowState, Tables
 from s1jax.decoding.generate import STEPS_PER_CHUNK, bucket
 from s1jax.decoding.loop import Rows, Shared, decode_chunk, empty_cache, insert, prefill
 from s1jax.decoding.sampling import Sampling
+from s1jax.device_memory import peak_resident_bytes
 from s1jax.mesh import batch_shards, make_mesh
 from s1jax.model.config import QwenConfig
 from s1jax.model.hf import load_params, resolve_model
@@ -171,7 +171,7 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 def _peak_memory() -> int:
     stats = jax.devices()[0].memory_stats() or {}
-    return int(stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return int(stats.get("peak_bytes_in_use") or peak_resident_bytes())
 
 
 def _table(report: dict[str, Any], results: list[Measurement]) -> str:

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,7 +164,8 @@ def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
     memory = np.frombuffer(pages, np.uint8)
     start = -memory.ctypes.data % alignment
     if huge:
-        pages.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _HUGE_PAGE * _HUGE_PAGE)
+        with suppress(OSError):  # Of a kernel that has none.
+            pages.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _HUGE_PAGE * _HUGE_PAGE)
     return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -293,7 +294,7 @@ def test_the_key_is_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         output = write_questions(tmp_path / "run", names)
         first = run_distill(output, server)
         wait_until(lambda: bool(server.asked), [first])
-        title = Path(f"/proc/{first.pid}/cmdline").read_bytes()
+        title = " ".join(psutil.Process(first.pid).cmdline()).encode()
         said = [*first.communicate()]
         assert first.returncode == 0
         for fault in FATAL:
