@@ -6,14 +6,14 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO
+from typing import Any, Literal, NamedTuple
 
 from s1jax.locks import InUseError, Lock
-from s1jax.paths import AnyPath, BucketPath, WriteError, files_below, remove_tree, write_whole
+from s1jax.paths import AnyPath, BucketPath, WriteError, file_size, files_below, read_range, remove_tree, replacing
 
 LISTED_PROBLEMS = 20
 FLUSH_SECONDS = 5.0
@@ -21,6 +21,7 @@ FLUSH_SECONDS = 5.0
 _PARTS = ".parts"
 _PART_BYTES = 2**20
 _READERS = 16
+_CHUNK_BYTES = 2**24
 _INTACT = "the lines before are intact"
 
 
@@ -100,23 +101,17 @@ def _parse(path: str, content: bytes) -> Source:
     return source
 
 
-def resume_jsonl(path: Path) -> list[dict[str, Any]]:
-    """As `written_rows`; for callers that are yet to be changed."""
-    return written_rows(path)
-
-
-def write_lines(file: TextIO, rows: Iterable[dict[str, Any]]) -> None:
-    """Append rows, each whole line reaching the operating system before this returns."""
-    for row in rows:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    file.flush()
+def is_begun(path: AnyPath) -> bool:
+    """Whether an earlier run has left this output, or parts of it."""
+    return path.is_file() or bool(_parts(path))
 
 
 def written_rows(path: AnyPath) -> list[dict[str, Any]]:
     """All whole rows that earlier runs, of however many processes, left of this output: its file's, then its parts'.
 
-    A row may be there twice after a kill. A last line cut short by the end of a run is removed; so nobody may append
-    meanwhile. Raises InputError if there is anything else in a file, OSError if one cannot be read.
+    A row may be there twice after a kill. A last line that is not whole, cut short by the end of a run or being
+    written, is none. Nothing is changed. Raises InputError if there is anything else in a file, OSError if one cannot
+    be read.
     """
     files = [*([path] if path.is_file() else []), *_parts(path)]
     with ThreadPoolExecutor(_READERS) as pool:
@@ -127,21 +122,44 @@ def written_rows(path: AnyPath) -> list[dict[str, Any]]:
     return [row for source in sources for _, row in source.rows]
 
 
+def stream_rows(path: AnyPath) -> Iterator[dict[str, Any]]:
+    """The rows of `written_rows`, one at a time, of an output that may be too large for memory."""
+    for file in [*([path] if path.is_file() else []), *_parts(path)]:
+        for number, line in enumerate(_lines(file), start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise InputError(f"{file}: line {number}: it was not written by this command: move it away")
+            yield row
+
+
 def merge_parts(
     path: AnyPath, key: Callable[[dict[str, Any]], Hashable], order: Callable[[dict[str, Any]], Any] | None = None
 ) -> None:
     """Make one file of an output, each key once, sorted by `order` if it is given, and remove the parts.
 
-    A file without parts stays as it is. Nothing is lost if this is killed or done twice. No process may append
-    meanwhile. Raises InputError as `written_rows` does, and OSError.
+    A file of whole lines without parts stays as it is. Nothing is lost if this is killed or done twice. No process may
+    append meanwhile. Raises InputError as `written_rows` does, and OSError.
     """
-    if path.is_file() and not _parts(path):
+    if path.is_file() and not _parts(path) and _ends_a_line(path):
         return
     rows: dict[Hashable, dict[str, Any]] = {}
     for row in written_rows(path):
         rows.setdefault(key(row), row)
-    merged = sorted(rows.values(), key=order) if order else rows.values()
-    write_whole(path, _encode(merged))
+    replace_rows(path, sorted(rows.values(), key=order) if order else rows.values())
+
+
+def replace_rows(path: AnyPath, rows: Iterable[dict[str, Any]]) -> None:
+    """Make these rows all that there is of an output, also more than fit in memory.
+
+    Raises WriteError, which leaves the output as it was, as does what the iterable raises.
+    """
+    with replacing(path) as file:
+        file.writelines(_encode([row]) for row in rows)
     remove_tree(path.with_name(path.name + _PARTS))
 
 
@@ -154,9 +172,9 @@ class RowWriter:
     """
 
     def __init__(self, path: AnyPath, process: int = 0, count: int = 1, *, lock: Lock | None = None):
-        """Write as `process` of `count`, numbered from 0, for as long as `lock` is held.
+        """Write as `process` of `count`, numbered from 0, for as long as `lock` is held. Raises WriteError.
 
-        Call after `written_rows`, when all processes have. Raises WriteError.
+        A last line that was cut short by the end of an earlier run is removed from the file that is appended to.
         """
         self._lock = lock or Lock()
         self._target: _PartObjects | _AppendedFile
@@ -198,9 +216,10 @@ class _AppendedFile:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
+            if not _ends_a_line(path):
+                os.truncate(path, len(_whole_lines(path)))
         except OSError as error:
             raise WriteError(path, error, "nothing was written") from None
-        _whole_lines(path)
 
     def append(self, content: bytes) -> None:
         if self._broken:
@@ -294,15 +313,31 @@ def _encode(rows: Iterable[dict[str, Any]]) -> bytes:
 
 
 def _whole_lines(path: AnyPath) -> bytes:
-    """A file's content up to its last end of a line; the rest is removed from the file."""
+    """A file's content up to its last end of a line."""
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        if isinstance(path, BucketPath):
-            path.write_bytes(whole)
-        else:
-            os.truncate(path, len(whole))
-    return whole
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _lines(path: AnyPath) -> Iterator[bytes]:
+    """The lines of a file, each with its end."""
+    if isinstance(path, Path):
+        with path.open("rb") as file:
+            yield from file
+        return
+    rest = b""
+    for start in range(0, path.size(), _CHUNK_BYTES):
+        *lines, rest = (rest + path.read_range(start, start + _CHUNK_BYTES)).split(b"\n")
+        for line in lines:
+            yield line + b"\n"
+    if rest:
+        yield rest
+
+
+def _ends_a_line(path: AnyPath) -> bool:
+    last, size = bytearray(b"\n"), file_size(path)
+    if size:
+        read_range(path, size - 1, memoryview(last))
+    return last == b"\n"
 
 
 def _parts(path: AnyPath) -> list[AnyPath]:

@@ -7,11 +7,14 @@ there whole or not at all, which `write_whole` promises of a local file too.
 import contextlib
 import errno
 import os
+import posixpath
+import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 
@@ -19,6 +22,7 @@ BUCKET_SCHEMES = ("gs", "s3")
 _TIMEOUT_SECONDS = 60
 _ATTEMPTS = 8
 """Of one request, when the store answers that it is busy or broken."""
+_AS_BEFORE = "it is as it was before"
 
 
 class PathError(ValueError):
@@ -94,6 +98,10 @@ class BucketPath:
         """Beside this one."""
         return BucketPath(self.scheme, str(self._key.with_name(name)))
 
+    def resolve(self) -> "BucketPath":
+        """The same without `..`."""
+        return BucketPath(self.scheme, posixpath.normpath(str(self._key)))
+
     def relative_to(self, other: "BucketPath") -> PurePosixPath:
         """The rest of the name below `other`."""
         return self._key.relative_to(other._key)
@@ -159,6 +167,11 @@ class BucketPath:
     def write_text(self, content: str, encoding: str = "utf-8") -> None:
         """Replace the object by a text."""
         self.write_bytes(content.encode(encoding))
+
+    def upload(self, file: Path) -> None:
+        """Replace the object by a local file's content."""
+        with self._errors():
+            self._system.put_file(str(file), str(self._key))
 
     def create(self, content: bytes) -> bool:
         """Make the object unless it is there; whether it was made. Of several processes at once, one makes it."""
@@ -238,28 +251,43 @@ def write_whole(path: AnyPath, content: str | bytes) -> None:
     Raises WriteError, which leaves the file as it was.
     """
     content = content.encode("utf-8") if isinstance(content, str) else content
-    try:
-        if isinstance(path, BucketPath):
-            path.write_bytes(content)
-        else:
-            _replace(path, content)
-    except OSError as error:
-        raise WriteError(path, error, "it is as it was before") from None
-
-
-def _replace(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
+    if isinstance(path, Path):
+        with replacing(path) as file:
             file.write(content)
+        return
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise WriteError(path, error, _AS_BEFORE) from None
+
+
+@contextlib.contextmanager
+def replacing(path: AnyPath) -> Iterator[BinaryIO]:
+    """A file to write what is too large for memory, as `write_whole` does; it is there when the block has ended.
+
+    What the block raises leaves the file as it was. Raises WriteError.
+    """
+    if isinstance(path, BucketPath):
+        partial = Path(tempfile.gettempdir(), f"s1jax-{secrets.token_hex(8)}")
+    else:
+        partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
+        if isinstance(path, BucketPath):
+            path.upload(partial)
+        else:
+            partial.replace(path)
+    except OSError as error:
+        if error.filename not in (None, str(partial), str(partial.parent), str(path)):
+            raise  # Of what the block reads.
+        raise WriteError(path, error, _AS_BEFORE) from None
+    finally:
         with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
+            partial.unlink(missing_ok=True)
 
 
 def read_range(path: AnyPath, start: int, out: memoryview) -> int:

@@ -125,14 +125,28 @@ def test_what_is_no_output_is_refused(root: AnyPath, content: str) -> None:
         written_rows(path)
 
 
-def test_a_cut_line_is_removed_wherever_it_is(root: AnyPath) -> None:
+def test_a_cut_line_is_no_row_wherever_it_is(root: AnyPath) -> None:
     path = root / "a.jsonl"
     (root / "a.jsonl.parts").mkdir()
     parts = ("0.jsonl", "10.jsonl", "2.jsonl") if isinstance(root, Path) else ("0-0.jsonl", "0-10.jsonl", "0-2.jsonl")
     for number, file in enumerate((path, *(root / "a.jsonl.parts" / name for name in parts))):
         file.write_text(json.dumps(row(number)) + '\n{"id": 7, "te')
     assert list(map(key, written_rows(path))) == [0, 1, 3, 2]
-    assert path.read_text(encoding="utf-8") == json.dumps(row(0)) + "\n"
+    merge_parts(path, key, key)
+    assert path.read_text(encoding="utf-8") == "".join(json.dumps(row(n), ensure_ascii=False) + "\n" for n in range(4))
+
+
+@pytest.mark.parametrize("cut", ["", '{"id": 7, "te', '{"id"'])
+def test_a_cut_line_is_removed_before_the_next_is_appended_and_at_the_end(root: AnyPath, cut: str) -> None:
+    path = root / "a.jsonl"
+    whole = json.dumps(row(0)) + "\n"
+    path.write_text(whole + cut)
+    merge_parts(path, key)
+    assert path.read_text(encoding="utf-8") == whole
+    path.write_text(whole + cut)
+    with RowWriter(path) as writer:
+        writer.append([row(1)])
+    assert written_rows(path) == [row(0), row(1)]
 
 
 @given(data=st.data())
@@ -207,7 +221,7 @@ def test_processes_killed_while_they_append_lose_and_double_nothing(root: AnyPat
         for process in range(count):
             words = [str(path), str(process), str(count), *missing[process::count]]
             processes.append(subprocess.Popen([sys.executable, "-c", RUN, *words], cwd=ROOT, text=True))
-        wait_until(lambda done=done: len(set(map(key, written_rows_of(path)))) > len(done), processes, 0.1)  # type: ignore[misc]
+        wait_until(lambda done=done: len(set(map(key, written_rows(path)))) > len(done), processes, 0.1)  # type: ignore[misc]
         time.sleep(chance.uniform(0, 1))
         for process_ in processes:
             process_.send_signal(signal.SIGKILL)
@@ -221,13 +235,6 @@ def test_processes_killed_while_they_append_lose_and_double_nothing(root: AnyPat
         writer.append(row(number) for number in range(total) if number not in done)
     merge_parts(path, key, key)
     assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == list(map(row, range(total)))
-
-
-def written_rows_of(path: AnyPath) -> list[dict[str, Any]]:
-    """As `written_rows`, but leaves cut lines alone, while others append."""
-    files = [*([path] if path.is_file() else []), *files_below(path.with_name(path.name + ".parts"))]
-    lines = [line for file in files for line in file.read_bytes().splitlines(keepends=True)]
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -5,7 +5,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from s1jax.model.config import QwenConfig
 from s1jax.model.hf import load_params, resolve_model
 from s1jax.model.load import LoadedModel, build_model, inference_param_dtype
 from s1jax.model.qwen import KVCache
+from s1jax.paths import any_path, write_whole
 
 _COPIED_BYTES = 2**29
 _UNLIMITED = 2**30
@@ -77,9 +77,7 @@ def benchmark(config: BenchmarkConfig) -> None:
     }
     print(_table(report, results))
     if config.benchmark.output:
-        output = Path(config.benchmark.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_whole(any_path(config.benchmark.output), json.dumps(report, indent=2) + "\n")
 
 
 def _measure(loaded: LoadedModel, config: BenchmarkConfig, batch_size: int, copy: float) -> Measurement:

@@ -113,7 +113,7 @@ class _Run:
 
     def __init__(self, config: TrainConfig, directory: Path):
         self.config, self.directory = config, directory
-        check_trackers(config.logging)
+        check_trackers(config.logging, directory)
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         self.source = resolve_model(config.model.path)
         self.model = training_model(config, QwenConfig.from_directory(self.source))
