@@ -60,7 +60,7 @@ def main(questions: str = "60000", evaluation_questions: str = "2500") -> None:
     processor = usage.ru_utime + usage.ru_stime
     print(
         f"{len(pool):,} questions against {len(evaluation):,}: {seconds:.1f} s ({processor:.1f} s of processor), "
-        f"peak {usage.ru_maxrss / 1024:.0f} MiB; "
+        f"peak {usage.ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10):.0f} MiB; "
         f"all {len(planted):,} planted overlaps found, no other"
     )
 

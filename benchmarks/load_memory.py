@@ -4,7 +4,6 @@ Prints the weights' size as held, the process's memory before loading, its peak 
 before + weights by, beside the size of the largest tensor.
 """
 
-import resource
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from s1jax.config import MeshSection, ModelSection
+from s1jax.device_memory import peak_resident_bytes
 from s1jax.mesh import make_mesh
 from s1jax.model.config import QwenConfig
 from s1jax.model.hf import load_params
@@ -23,7 +23,7 @@ MIB = 2**20
 
 def peak() -> float:
     """Largest resident size of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_resident_bytes() / MIB
 
 
 def main(path: str, dtype: str = "bfloat16") -> None:

@@ -5,8 +5,10 @@ The values come from YAML files and `section.key=value` words (`config_reader`) 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
+
+from s1jax.paths import any_path
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -14,6 +16,15 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Integer = Annotated[int, Field(strict=True)]
 Positive = Annotated[int, Field(strict=True, ge=1)]
 WholeNumber = Annotated[int, Field(strict=True, ge=0)]
+
+
+def _check_path(text: str) -> str:
+    any_path(text)
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_check_path)]
+"""A local path, gs:// or s3://, or the name of something on the hub; for `paths.any_path`."""
 
 Implementation = Literal["auto", "plain", "chunked", "blocks", "kernel", "cudnn", "triton", "splash"]
 """Of attention; `model.attention.attention` says what each is."""
@@ -24,7 +35,7 @@ Remat = Literal["none", "dots", "heads", "gate", "full"]
 class ModelSection:
     """The model and how it is computed."""
 
-    path: str = Field(description="model directory, or hub id (owner/name)")
+    path: PathText = Field(description="model directory, or hub id (owner/name)")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="bfloat16", description="dtype of the computation")
     param_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="dtype of the parameters in memory; null: as the command needs (training: float32)"
@@ -54,8 +65,10 @@ class TrainedModelSection(ModelSection):
 class DataSection:
     """The training examples and how they become rows."""
 
-    path: str = Field(description="JSONL, JSON or Parquet file, or hub id of a data set")
-    eval_path: str | None = Field(default=None, description="held-out examples, scored every training.eval_every steps")
+    path: PathText = Field(description="JSONL, JSON or Parquet file, or hub id of a data set")
+    eval_path: PathText | None = Field(
+        default=None, description="held-out examples, scored every training.eval_every steps"
+    )
     block_size: Positive = Field(default=32_768, description="longest example, in tokens")
     overlong: Literal["error", "truncate", "drop"] = Field(
         default="error", description="what happens to an example longer than block_size"
@@ -85,7 +98,7 @@ class OptimizerSection:
 class TrainingSection:
     """The run."""
 
-    output_dir: str = Field(description="checkpoints, metrics.jsonl and at the end model/ are written here")
+    output_dir: PathText = Field(description="checkpoints, metrics.jsonl and at the end model/ are written here")
     num_epochs: Positive = Field(default=5, description="passes over the data")
     batch_size: Positive = Field(default=16, description="examples per optimiser step")
     gradient_accumulation_steps: Positive = Field(default=1, description="forward and backward passes per step")
@@ -127,11 +140,14 @@ class MeshSection:
     data: Integer = Field(default=1, description="replicas; -1: all devices that are left")
     fsdp: Integer = Field(default=-1, description="shards of parameters and batch; -1: all devices that are left")
     tensor: Integer = Field(default=1, description="shards of heads, feed-forward and vocabulary")
-    coordinator: str | None = Field(
-        default=None, description="host:port of process 0, where no scheduler (SLURM, Open MPI, GKE, Cloud TPU) tells"
+    copies: Literal["hosts"] | None = Field(
+        default=None,
+        description="decoding: hosts = a copy of the model for each process, one a host, which takes its share of the "
+        "requests; null: one model over all processes",
     )
-    num_processes: Positive | None = Field(default=None, description="with coordinator: how many processes there are")
-    process_id: WholeNumber | None = Field(default=None, description="with coordinator: which one this is, from 0")
+    coordinator: str | None = Field(default=None, description="host:port of process 0, where no launcher tells it")
+    num_processes: Positive | None = Field(default=None, description="how many there are, where no launcher tells")
+    process_id: WholeNumber | None = Field(default=None, description="which one this is, from 0, likewise")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -139,7 +155,7 @@ class PlanSection:
     """Compile for hardware that is not here, instead of running."""
 
     target: str | None = Field(default=None, description="h100:2x8, tpu:v5p:2x2x4, ...; --plan TARGET is the same")
-    output: str | None = Field(default=None, description="JSON file to write")
+    output: PathText | None = Field(default=None, description="JSON file to write")
     efficiency: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.45, description="share of the peak that matrix products reach"
     )
@@ -165,8 +181,8 @@ class ScoreConfig:
     """python decode.py score: log-probabilities of given texts."""
 
     model: ModelSection
-    input: str = Field(description="JSONL; a line has text or input_ids, and optionally id")
-    output: str = Field(description="JSONL to write; if it exists, the run goes on after its last whole line")
+    input: PathText = Field(description="JSONL; a line has text or input_ids, and optionally id")
+    output: PathText = Field(description="JSONL to write; if it exists, the run goes on after its last whole line")
     batch_size: Positive = Field(default=8, description="rows computed at once")
     max_length: Positive | None = Field(
         default=None, description="longest row allowed, in tokens; null: the model's context"
@@ -192,7 +208,7 @@ class TrainConfig:
 class BudgetSection:
     """How long a row thinks and answers; a prompt's own values win."""
 
-    profile: str = Field(default="s1", description="delimiters: s1, qwen3, deepseek-r1, none, or a YAML file")
+    profile: PathText = Field(default="s1", description="delimiters: s1, qwen3, deepseek-r1, none, or a YAML file")
     max_thinking_tokens: WholeNumber | Literal["auto"] | None = Field(
         default="auto", description="thinking ends after so many; auto: what the context leaves; null: no bound"
     )
@@ -219,12 +235,12 @@ class GenerateConfig:
     """python decode.py generate: answers with a thinking budget."""
 
     model: ModelSection
-    prompts: str | None = Field(
+    prompts: PathText | None = Field(
         default=None,
         description="JSONL; a line has prompt, messages or input_ids, and optionally id and budget keys of its own",
     )
     prompt: str | None = Field(default=None, description="one question, instead of prompts")
-    output: str | None = Field(
+    output: PathText | None = Field(
         default=None, description="JSONL to write, which a run started again goes on with; null: to the terminal"
     )
     chat_template: bool = Field(default=True, description="wrap a prompt as the user's turn of a chat")
@@ -273,10 +289,10 @@ class EvaluateConfig:
     """python decode.py evaluate: accuracy over budgets and waits, graded, with a report."""
 
     model: ModelSection
-    tasks: Annotated[tuple[str, ...], Separated] = Field(
+    tasks: Annotated[tuple[PathText, ...], Separated] = Field(
         description="files with problem and answer, or aime24, aime25, math500, gpqa_diamond, gsm8k; as a.jsonl,aime24"
     )
-    output_dir: str = Field(description="samples.jsonl, summary.json and report.html are written here")
+    output_dir: PathText = Field(description="samples.jsonl, summary.json and report.html are written here")
     limit: Positive | None = Field(default=None, description="so many questions of each task; null: all")
     grading_seconds: Annotated[float, Field(gt=0)] = Field(
         default=10.0, description="an answer that takes math-verify longer is counted as ungraded"
@@ -302,7 +318,7 @@ class BenchmarkSection:
     prompt_length: Positive = Field(default=128, description="tokens of each prompt")
     new_tokens: Positive = Field(default=128, description="tokens generated in each row")
     repeats: Positive = Field(default=3, description="runs of each measurement, of which the median counts")
-    output: str | None = Field(default=None, description="JSON file to write")
+    output: PathText | None = Field(default=None, description="JSON file to write")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -15,6 +15,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from s1jax.paths import AnyPath, PathError, any_path
+
 Root = TypeVar("Root")
 _NAME = "NAME"
 
@@ -26,7 +28,8 @@ class ConfigError(ValueError):
 def load_config(root: type[Root], words: Sequence[str]) -> Root:
     """Read a configuration from command-line words: YAML files and `section.key=value`, later ones winning.
 
-    A YAML file may name one other with `extends:`, a path relative to itself, whose values it overrides.
+    A YAML file may name one other with `extends:`, a path relative to itself, whose values it overrides; all may be
+    gs:// and s3://.
     Raises ConfigError with every unknown key, wrong type and missing value.
     """
     tree: dict[str, Any] = {}
@@ -35,7 +38,7 @@ def load_config(root: type[Root], words: Sequence[str]) -> Root:
             key, _, value = word.partition("=")
             _merge(tree, _nested(key, _parse(value, word)))
         elif word.endswith((".yaml", ".yml")):
-            _merge(tree, _read_yaml(Path(word)))
+            _merge(tree, _read_yaml(word, None))
         else:
             raise ConfigError(f"{word!r} is neither a YAML file nor key=value")
     try:
@@ -100,12 +103,18 @@ def command_line(root: type[Root], words: Sequence[str], usage: str) -> Root:
         sys.exit(2)
 
 
-def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    path = path.resolve()
-    if path in seen:
-        raise ConfigError(f"{path}: extends itself through {', '.join(p.name for p in seen)}")
+def _read_yaml(name: str, beside: AnyPath | None, seen: tuple[AnyPath, ...] = ()) -> dict[str, Any]:
+    """The values of a file, whose name is relative to the file `beside` that extends it."""
     try:
+        path = any_path(name)
+        if isinstance(path, Path) and beside is not None and not path.is_absolute():
+            path = beside.parent / name
+        path = path.resolve()
+        if path in seen:
+            raise ConfigError(f"{path}: extends itself through {', '.join(p.name for p in seen)}")
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except PathError as error:
+        raise ConfigError(str(error)) from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except yaml.YAMLError as error:
@@ -115,7 +124,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = tree.pop("extends", None)
     if base is None:
         return tree
-    merged = _read_yaml(path.parent / str(base), (*seen, path))
+    merged = _read_yaml(str(base), path, (*seen, path))
     _merge(merged, tree)
     return merged
 
@@ -156,6 +165,8 @@ def _explain(error: Mapping[str, Any], known: Mapping[str, Any]) -> str:
         return f"{key}: unknown key; did you mean {near[0]}?"
     if error["type"] == "missing":
         return f"{key}: required"
+    if error["type"] == "value_error":
+        return f"{key}: {error['ctx']['error']}"
     expected = f"; expected {known[key][0]}" if key in known else ""
     return f"{key}: {error['msg']}, got {error['input']!r}{expected}"
 

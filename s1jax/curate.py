@@ -2,60 +2,61 @@
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from s1jax.config_reader import command_line, to_dict
 from s1jax.curation.card import STAGES, Entry, add_to_card
 from s1jax.curation.config import CurateConfig
+from s1jax.locks import exclusive_directory
+from s1jax.paths import AnyPath, any_path
 
-_Stage = Callable[[CurateConfig, Path], Entry]
+_Stage = Callable[[CurateConfig, AnyPath], Entry]
 
 # Stages are imported when they are run: some need libraries that take seconds, or are not installed.
 
 
-def _collect(config: CurateConfig, output_dir: Path) -> Entry:
+def _collect(config: CurateConfig, output_dir: AnyPath) -> Entry:
     from s1jax.curation.collect import collect
 
     return collect(config, output_dir)
 
 
-def _distill(config: CurateConfig, output_dir: Path) -> Entry:
+def _distill(config: CurateConfig, output_dir: AnyPath) -> Entry:
     from s1jax.curation.distill import distill
 
     return Entry(tables={"questions": distill(config.distill, output_dir)})
 
 
-def _attempt(config: CurateConfig, output_dir: Path) -> Entry:
+def _attempt(config: CurateConfig, output_dir: AnyPath) -> Entry:
     from s1jax.curation.attempt import attempt
 
     return Entry(tables={name: attempt(name, section, output_dir) for name, section in config.students.items()})
 
 
-def _grade(config: CurateConfig, output_dir: Path) -> Entry:
+def _grade(config: CurateConfig, output_dir: AnyPath) -> Entry:
     from s1jax.curation.grade import grade
 
     return Entry(tables={"answers": grade(config.grade, list(config.students), output_dir)})
 
 
-def _filter(config: CurateConfig, output_dir: Path) -> Entry:
+def _filter(config: CurateConfig, output_dir: AnyPath) -> Entry:
     from s1jax.curation.filter import filter_questions
 
     return filter_questions(config, output_dir)
 
 
-def _domains(config: CurateConfig, output_dir: Path) -> Entry:
+def _domains(config: CurateConfig, output_dir: AnyPath) -> Entry:
     from s1jax.curation.domains import domains
 
     return Entry(tables={"questions": domains(config.domains, output_dir)})
 
 
-def _select(config: CurateConfig, output_dir: Path) -> Entry:
+def _select(config: CurateConfig, output_dir: AnyPath) -> Entry:
     from s1jax.curation.select import select
 
     return select(config, output_dir)
 
 
-def _format(config: CurateConfig, output_dir: Path) -> Entry:
+def _format(config: CurateConfig, output_dir: AnyPath) -> Entry:
     from s1jax.curation.format import format_rows
 
     return format_rows(config.format, output_dir)
@@ -85,12 +86,13 @@ def main(words: list[str]) -> int:
     stage, *rest = words
     run, keys, _ = _FUNCTIONS[stage]
     config = command_line(CurateConfig, rest, f"python -m s1jax.curate {stage} CONFIG.yaml section.key=value ...")
-    output_dir = Path(config.output_dir)
+    output_dir = any_path(config.output_dir)
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        entry = run(config, output_dir)
-        settings = to_dict(config)
-        add_to_card(output_dir, stage, entry, {key: settings[key] for key in keys})
+        with exclusive_directory(output_dir) as lock:
+            entry = run(config, output_dir)
+            lock.check()
+            settings = to_dict(config)
+            add_to_card(output_dir, stage, entry, {key: settings[key] for key in keys})
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,7 +1,9 @@
-"""How much of a GPU's memory jax may take, and what becomes of a CPU's between steps."""
+"""How much of a GPU's memory jax may take, what becomes of a CPU's between steps, and how much there ever was."""
 
 import ctypes
 import os
+import resource
+import sys
 
 GPU_MEMORY_FRACTION = 0.94
 """The rest, about 5 GiB of an H100, is for the driver, CUDA libraries and NCCL."""
@@ -31,3 +33,9 @@ def keep_freed_memory() -> None:
         return
     for parameter, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)):
         mallopt(parameter, value)
+
+
+def peak_resident_bytes() -> int:
+    """The most memory, in bytes, that this process has held at once."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -4,17 +4,12 @@ Parameters and activations name what their dimensions *are* (heads, mlp, batch, 
 those dimensions live. Code runs under `jax.set_mesh(mesh)`; without a mesh nothing is constrained.
 """
 
-import importlib.util
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-
-from s1jax.config import MeshSection
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -70,29 +65,6 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
         # A TPU slice with no side of such a length (tensor 2 on 8x8): its sides are shared among the axes.
         arranged = mesh_utils.create_device_mesh(tuple(sizes.values()), list(devices), allow_split_physical_axes=True)
         return Mesh(arranged, MESH_AXES, axis_types=axis_types)
-
-
-def start_distributed(section: MeshSection) -> None:
-    """Connect the processes of a multi-host run; does nothing in a run of one process.
-
-    SLURM, Open MPI, GKE and Cloud TPU tell jax who the others are; elsewhere `mesh.coordinator`, `mesh.num_processes`
-    and `mesh.process_id` do. A process that is not heard of for a minute ends the others.
-    """
-    if section.coordinator is None and not _under_a_launcher():
-        return
-    jax.distributed.initialize(
-        section.coordinator, section.num_processes, section.process_id, heartbeat_timeout_seconds=60
-    )
-
-
-def _under_a_launcher() -> bool:
-    """Whether the environment is that of one process among several, in a form that jax knows."""
-    tasks = [os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")]
-    if "SLURM_PROCID" not in os.environ:
-        tasks[0] = "1"
-    on_tpu = importlib.util.find_spec("libtpu") is not None and any(Path("/dev").glob("accel*"))
-    tpu_hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    return any(int(n) > 1 for n in tasks) or len(tpu_hosts) > 1 or on_tpu
 
 
 def platform() -> str:

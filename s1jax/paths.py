@@ -7,11 +7,14 @@ there whole or not at all, which `write_whole` promises of a local file too.
 import contextlib
 import errno
 import os
+import posixpath
+import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 
@@ -19,10 +22,19 @@ BUCKET_SCHEMES = ("gs", "s3")
 _TIMEOUT_SECONDS = 60
 _ATTEMPTS = 8
 """Of one request, when the store answers that it is busy or broken."""
+_AS_BEFORE = "it is as it was before"
 
 
 class PathError(ValueError):
     """A path of a kind that is not read or written here."""
+
+
+class WriteError(OSError):
+    """What could not be written; the message names the file, the reason, and what of it is intact."""
+
+    def __init__(self, path: "AnyPath", error: OSError, intact: str):
+        """`intact` is a clause that follows the reason."""
+        super().__init__(f"{path}: {error.strerror or error}; {intact}")
 
 
 class BucketPath:
@@ -85,6 +97,10 @@ class BucketPath:
     def with_name(self, name: str) -> "BucketPath":
         """Beside this one."""
         return BucketPath(self.scheme, str(self._key.with_name(name)))
+
+    def resolve(self) -> "BucketPath":
+        """The same without `..`."""
+        return BucketPath(self.scheme, posixpath.normpath(str(self._key)))
 
     def relative_to(self, other: "BucketPath") -> PurePosixPath:
         """The rest of the name below `other`."""
@@ -151,6 +167,11 @@ class BucketPath:
     def write_text(self, content: str, encoding: str = "utf-8") -> None:
         """Replace the object by a text."""
         self.write_bytes(content.encode(encoding))
+
+    def upload(self, file: Path) -> None:
+        """Replace the object by a local file's content."""
+        with self._errors():
+            self._system.put_file(str(file), str(self._key))
 
     def create(self, content: bytes) -> bool:
         """Make the object unless it is there; whether it was made. Of several processes at once, one makes it."""
@@ -227,23 +248,46 @@ def any_path(text: str | AnyPath) -> AnyPath:
 def write_whole(path: AnyPath, content: str | bytes | bytearray) -> None:
     """Replace a file by this content; a reader, or a later start, finds all of it or what was there before.
 
-    Raises OSError, which leaves the file as it was.
+    Raises WriteError, which leaves the file as it was.
     """
     content = content.encode("utf-8") if isinstance(content, str) else content
-    if isinstance(path, BucketPath):
-        path.write_bytes(content)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
+    if isinstance(path, Path):
+        with replacing(path) as file:
             file.write(content)
+        return
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise WriteError(path, error, _AS_BEFORE) from None
+
+
+@contextlib.contextmanager
+def replacing(path: AnyPath) -> Iterator[BinaryIO]:
+    """A file to write what is too large for memory, as `write_whole` does; it is there when the block has ended.
+
+    What the block raises leaves the file as it was. Raises WriteError.
+    """
+    if isinstance(path, BucketPath):
+        partial = Path(tempfile.gettempdir(), f"s1jax-{secrets.token_hex(8)}")
+    else:
+        partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+        if isinstance(path, BucketPath):
+            path.upload(partial)
+        else:
+            partial.replace(path)
+    except OSError as error:
+        if error.filename not in (None, str(partial), str(partial.parent), str(path)):
+            raise  # Of what the block reads.
+        raise WriteError(path, error, _AS_BEFORE) from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def read_range(path: AnyPath, start: int, out: memoryview) -> int:

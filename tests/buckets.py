@@ -52,6 +52,18 @@ def s3_server() -> Iterator[dict[str, str]]:
 
 
 @contextmanager
+def environment(settings: dict[str, str]) -> Iterator[None]:
+    """These variables set until the end of the block, for this process and those that it starts."""
+    before = dict(os.environ)
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
 def _served(words: list[str], probe: str) -> Iterator[None]:
     """A server process until the end of the block, waited for until `probe` answers."""
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})

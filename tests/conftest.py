@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -18,6 +19,7 @@ import jax
 import pytest
 from hypothesis import settings
 
+from s1jax.paths import AnyPath, BucketPath, any_path
 from tests import tiny
 
 # A matmul on TPU or GPU may round its inputs; these tests compare in full float32.
@@ -32,6 +34,39 @@ def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tokenizer")
     tiny.tokenizer(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def gs_bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    # Not for every run of the tests: the servers are packages of their own.
+    from tests.buckets import BUCKET, environment, gcs_server
+
+    with gcs_server(tmp_path_factory.mktemp("gs")) as settings, environment(settings):
+        yield f"gs://{BUCKET}"
+
+
+@pytest.fixture(scope="session")
+def s3_bucket() -> Iterator[str]:
+    from tests.buckets import BUCKET, environment, s3_server
+
+    with s3_server() as settings, environment(settings):
+        yield f"s3://{BUCKET}"
+
+
+@pytest.fixture(params=["gs", "s3"])
+def bucket(request: pytest.FixtureRequest, tmp_path: Path) -> BucketPath:
+    """A name in each of the stores below which there is nothing yet."""
+    path = any_path(f"{request.getfixturevalue(f'{request.param}_bucket')}/{tmp_path.parent.name}/{tmp_path.name}")
+    assert isinstance(path, BucketPath)
+    return path
+
+
+@pytest.fixture(params=["local", "gs", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> AnyPath:
+    """A directory without anything in it, on the disk and in each of the stores."""
+    if request.param == "local":
+        return tmp_path
+    return any_path(f"{request.getfixturevalue(f'{request.param}_bucket')}/{tmp_path.parent.name}/{tmp_path.name}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

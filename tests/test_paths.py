@@ -1,10 +1,7 @@
 """Local paths and those of two object stores behave alike; the stores' servers are real ones on loopback."""
 
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,31 +17,8 @@ from s1jax.paths import (
     remove_tree,
     write_whole,
 )
-from tests.buckets import BUCKET, gcs_server, s3_server
 
 ROOT = Path(__file__).parents[1]
-STORES = pytest.mark.parametrize("root", ["gs", "s3"], indirect=True)
-
-
-@contextmanager
-def environment(settings: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-@pytest.fixture(scope="module", params=["local", "gs", "s3"])
-def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AnyPath]:
-    directory = tmp_path_factory.mktemp("root")
-    if request.param == "local":
-        yield directory / "run"
-        return
-    with gcs_server(directory) if request.param == "gs" else s3_server() as settings, environment(settings):
-        yield any_path(f"{request.param}://{BUCKET}/run")
 
 
 def test_what_is_written_whole_is_read_whole_and_in_ranges(root: AnyPath) -> None:
@@ -82,10 +56,8 @@ def test_a_missing_file_is_named(root: AnyPath) -> None:
     (root / "none").unlink(missing_ok=True)
 
 
-@STORES
-def test_of_several_that_create_one_object_one_does(root: AnyPath) -> None:
-    assert isinstance(root, BucketPath)
-    lock = root / "lock"
+def test_of_several_that_create_one_object_one_does(bucket: BucketPath) -> None:
+    lock = bucket / "lock"
     program = f"from s1jax.paths import any_path; print(any_path('{lock}').create(b'x'))"
     processes = [
         subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True, stdout=subprocess.PIPE) for _ in range(4)
@@ -93,10 +65,8 @@ def test_of_several_that_create_one_object_one_does(root: AnyPath) -> None:
     assert sorted(process.communicate(timeout=120)[0].strip() for process in processes) == ["False"] * 3 + ["True"]
 
 
-@STORES
-def test_a_stores_checksum_follows_the_content(root: AnyPath) -> None:
-    assert isinstance(root, BucketPath)
-    path = root / "sum"
+def test_a_stores_checksum_follows_the_content(bucket: BucketPath) -> None:
+    path = bucket / "sum"
     path.write_text("one")
     before = path.checksum()
     path.write_text("two")
@@ -105,11 +75,9 @@ def test_a_stores_checksum_follows_the_content(root: AnyPath) -> None:
     assert path.checksum() == before
 
 
-@STORES
-def test_a_missing_bucket_is_said_in_one_line(root: AnyPath) -> None:
-    assert isinstance(root, BucketPath)
-    nowhere = any_path(f"{root.scheme}://no-such-bucket/x")
-    with pytest.raises(OSError, match=f"{root.scheme}://no-such-bucket/x") as raised:
+def test_a_missing_bucket_is_said_in_one_line(bucket: BucketPath) -> None:
+    nowhere = any_path(f"{bucket.scheme}://no-such-bucket/x")
+    with pytest.raises(OSError, match=f"{bucket.scheme}://no-such-bucket/x") as raised:
         nowhere.write_bytes(b"1")
     assert "\n" not in str(raised.value)
 

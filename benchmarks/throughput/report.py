@@ -78,8 +78,9 @@ def _versions(comparisons: list[Comparison]) -> list[str]:
 
 
 def _machine() -> str:
-    with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    linux = Path("/proc/cpuinfo")
+    lines = linux.read_text(encoding="utf-8").splitlines() if linux.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return f"{model or platform.processor()}, {platform.system()}, Python {platform.python_version()}"
 
 

@@ -5,24 +5,20 @@ is derived from it, so that nothing can come apart when a run ends between two w
 """
 
 import asyncio
-import fcntl
-import json
-import os
 import random
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from s1jax.curation.endpoint import Endpoint, EndpointError, FailureError, Messages
-from s1jax.curation.files import stream_jsonl, write_whole
 from s1jax.curation.message import Reply, read_reply, read_usage
 from s1jax.curation.sections import EndpointSection
-from s1jax.jsonl import InputError
+from s1jax.jsonl import RowWriter, replace_rows, stream_rows
+from s1jax.paths import AnyPath
 from s1jax.resume import keep_settings
 
 STATUSES = ("done", "failed", "unasked")
@@ -52,8 +48,8 @@ def ask_all(
     section: EndpointSection,
     asks: Sequence[Ask],
     *,
-    journal: Path,
-    results: Path,
+    journal: AnyPath,
+    results: AnyPath,
     settings: dict[str, Any],
     fields: tuple[str, ...],
     read: Callable[[Reply], dict[str, Any]],
@@ -62,8 +58,8 @@ def ask_all(
 
     `read` makes a result's `fields` of a reply, or raises FailureError for one that is of no use. A journal is gone
     on with only if model, extra_body and `settings` are those it was begun with. Returns the counts of questions done,
-    failed and, at a cap, unasked. Raises ConfigError; InputError if a file cannot be used or written; EndpointError,
-    after the results are written, if the endpoint answers nobody.
+    failed and, at a cap, unasked. The caller sees to it that no other run writes there. Raises ConfigError; InputError
+    if a file cannot be used; WriteError; EndpointError, after the results are written, if the endpoint answers nobody.
     """
     endpoint = Endpoint(section, f"{name}.endpoint")
     same = {"model": section.model, "extra_body": section.extra_body, **settings}
@@ -75,7 +71,7 @@ def ask_all(
         with tqdm(total=len(asks), initial=ended, desc=name, unit="question", disable=None) as bar:
             asyncio.run(run.ask(waiting, bar))
         ids = {ask.id for ask in asks}
-        write_whole(results, (_result(row, fields, read) for row in kept.endings() if row["id"] in ids))
+        replace_rows(results, (_result(row, fields, read) for row in kept.endings() if row["id"] in ids))
         counts = Counter(kept.status.get(ask.id, "unasked") for ask in asks)
     summary = ", ".join(f"{counts[status]} {status}" for status in STATUSES) + f"; {kept.cost:.4f} spent"
     if run.fatal:
@@ -94,9 +90,9 @@ def _result(row: dict[str, Any], fields: tuple[str, ...], read: Callable[[Reply]
 
 
 class _Journal:
-    """The lines of earlier runs and of this one, which has the file to itself."""
+    """The lines of earlier runs and of this one."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: AnyPath):
         self._path = path
         self.status: dict[str, str] = {}
         """Of each question that has ended: done or failed."""
@@ -105,39 +101,25 @@ class _Journal:
         self._lines = 0
         self.tokens, self.cost = 0, 0.0
         """What all runs together have spent, at most."""
+        for row in stream_rows(path):
+            self._count(row)
+        self._writer = RowWriter(path)
 
     def __enter__(self) -> "_Journal":
-        self._file = self._path.open("ab", buffering=0)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for row in stream_jsonl(self._path):
-                self._count(row)
-        except BlockingIOError:
-            self._file.close()
-            raise InputError(f"{self._path}: another run is writing it") from None
-        except BaseException:
-            self._file.close()
-            raise
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
+    def __exit__(self, *exception: Any) -> None:
+        self._writer.__exit__(*exception)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append a line, which has reached the operating system when this returns; or leave the file as it was."""
-        before = os.fstat(self._file.fileno()).st_size
-        rest = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-        try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
-        except OSError as error:
-            os.ftruncate(self._file.fileno(), before)
-            raise InputError(f"{self._path}: {error.strerror}; the answers in it are intact") from None
+        """Append a line, as `RowWriter` does."""
+        self._writer.append([row])
         self._count(row)
 
     def endings(self) -> Iterator[dict[str, Any]]:
-        """The line that ended each question, with all that the question cost."""
-        for number, row in enumerate(stream_jsonl(self._path)):
+        """The line that ended each question, with all that the question cost. None can be added after that."""
+        self._writer.close()
+        for number, row in enumerate(stream_rows(self._path)):
             if self._last.get(row["id"]) == number:
                 yield {**row, "cost": self._costs[row["id"]]}
 

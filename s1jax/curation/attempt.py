@@ -1,6 +1,5 @@
 """The stage attempt: a student model's answer to each question, from an endpoint or from a model computed here."""
 
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -12,11 +11,12 @@ from s1jax.curation.endpoint import FailureError
 from s1jax.curation.files import read_questions
 from s1jax.curation.message import Reply
 from s1jax.curation.sections import StudentSection
-from s1jax.jsonl import InputError, resume_jsonl, write_lines
+from s1jax.jsonl import RowWriter, merge_parts, written_rows
+from s1jax.paths import AnyPath
 from s1jax.resume import keep_settings
 
 
-def attempt(name: str, section: StudentSection, output_dir: Path) -> dict[str, int]:
+def attempt(name: str, section: StudentSection, output_dir: AnyPath) -> dict[str, int]:
     """Have the student of this name answer all of questions.jsonl; attempts-NAME.jsonl has what came of each.
 
     An answer cut at its longest length counts as done. Returns the counts of done, failed and unasked. Raises as
@@ -47,7 +47,7 @@ def _read(reply: Reply) -> dict[str, Any]:
 
 
 def _compute(
-    name: str, section: StudentSection, path: str, questions: list[dict[str, Any]], results: Path
+    name: str, section: StudentSection, path: str, questions: list[dict[str, Any]], results: AnyPath
 ) -> dict[str, int]:
     # Imported here: jax takes seconds, and other stages do without.
     from s1jax.decoding.generate import Finished, Request, problem_of
@@ -64,7 +64,7 @@ def _compute(
         mesh=section.mesh,
     )
     setup, budget = prepare(config), thinking_budget(section.budget, None)
-    status = {row["id"]: row["status"] for row in resume_jsonl(results)}
+    status = {row["id"]: row["status"] for row in written_rows(results)}
     requests, failed = [], []
     for index, question in enumerate(questions):
         if question["id"] not in status:
@@ -76,18 +76,16 @@ def _compute(
             else:
                 requests.append(request)
     events = build_generator(config, setup).run(requests) if requests else ()
-    try:
-        with (
-            results.open("a", encoding="utf-8") as file,
-            tqdm(total=len(requests), desc=f"attempt {name}", unit="question", disable=None) as bar,
-        ):
-            write_lines(file, failed)
-            for event in events:
-                if isinstance(event, Finished):
-                    row = {"id": questions[event.request.index]["id"], "status": "done", "reason": None}
-                    write_lines(file, [{**row, "text": event.generation.answer.strip()}])
-                    bar.update()
-    except OSError as error:
-        raise InputError(f"{results}: {error.strerror}; the answers in it are intact") from None
+    with (
+        RowWriter(results) as writer,
+        tqdm(total=len(requests), desc=f"attempt {name}", unit="question", disable=None) as bar,
+    ):
+        writer.append(failed)
+        for event in events:
+            if isinstance(event, Finished):
+                row = {"id": questions[event.request.index]["id"], "status": "done", "reason": None}
+                writer.append([{**row, "text": event.generation.answer.strip()}])
+                bar.update()
+    merge_parts(results, key=lambda row: row["id"])
     num_failed = sum(ended == "failed" for ended in status.values()) + len(failed)
     return {"done": len(questions) - num_failed, "failed": num_failed, "unasked": 0}

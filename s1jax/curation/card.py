@@ -4,14 +4,13 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from s1jax.curation.files import write_bytes
 from s1jax.evaluation.charts import as_svg
 from s1jax.jsonl import InputError
+from s1jax.paths import AnyPath, write_whole
 
 STAGES = ("collect", "distill", "attempt", "grade", "filter", "domains", "select", "format")
 """In the order in which they are run."""
@@ -27,11 +26,11 @@ class Entry:
     """Further figures by title."""
 
 
-def add_to_card(output_dir: Path, stage: str, entry: Entry, settings: dict[str, Any]) -> None:
+def add_to_card(output_dir: AnyPath, stage: str, entry: Entry, settings: dict[str, Any]) -> None:
     """Enter the stage in card.json in place of its entry before, and draw card.md, card.svg and card.png anew.
 
-    Entries of later stages are removed, since they were about what was there before. Raises InputError if a file
-    cannot be read or written.
+    Entries of later stages are removed, since they were about what was there before. Raises InputError if card.json
+    cannot be read, WriteError if a file cannot be written.
     """
     entries = _read(output_dir / "card.json")
     entries = {name: entries[name] for name in STAGES[: STAGES.index(stage)] if name in entries}
@@ -41,13 +40,13 @@ def add_to_card(output_dir: Path, stage: str, entry: Entry, settings: dict[str, 
         chart = _chart(funnel)
         png = io.BytesIO()
         chart.savefig(png, format="png", dpi=150)
-        write_bytes(output_dir / "card.svg", as_svg(chart).encode())
-        write_bytes(output_dir / "card.png", png.getvalue())
-    write_bytes(output_dir / "card.md", _markdown(output_dir.name, entries, funnel).encode())
-    write_bytes(output_dir / "card.json", (json.dumps(entries, indent=2, ensure_ascii=False) + "\n").encode())
+        write_whole(output_dir / "card.svg", as_svg(chart).encode())
+        write_whole(output_dir / "card.png", png.getvalue())
+    write_whole(output_dir / "card.md", _markdown(output_dir.name, entries, funnel).encode())
+    write_whole(output_dir / "card.json", (json.dumps(entries, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: AnyPath) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:

@@ -4,20 +4,19 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from s1jax.curation.card import Entry
 from s1jax.curation.config import CurateConfig, EvaluationSetSection, SourceSection
 from s1jax.curation.decontamination import Decontamination, EvaluationQuestion, fold
-from s1jax.curation.files import write_whole
 from s1jax.data.sources import read_source
-from s1jax.jsonl import InputError, Problem, Source, describe
+from s1jax.jsonl import InputError, Problem, Source, describe, replace_rows
+from s1jax.paths import AnyPath
 
 _Row = dict[str, Any]
 
 
-def collect(config: CurateConfig, output_dir: Path) -> Entry:
+def collect(config: CurateConfig, output_dir: AnyPath) -> Entry:
     """Write questions.jsonl, and contaminated.jsonl with what each dropped question matched.
 
     Of equal questions the first stays. Raises InputError if a source or an evaluation set cannot be used.
@@ -55,8 +54,8 @@ def collect(config: CurateConfig, output_dir: Path) -> Entry:
             folded_texts.add(folded)
     if not questions:
         raise InputError(f"collect: none of {sum(read.values())} questions is left")
-    write_whole(output_dir / "contaminated.jsonl", contaminated)
-    write_whole(output_dir / "questions.jsonl", questions)
+    replace_rows(output_dir / "contaminated.jsonl", contaminated)
+    replace_rows(output_dir / "questions.jsonl", questions)
     duplicates = sum(counts.values())
     return Entry(
         [

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
-from s1jax.config import STRICT, NonNegative, Positive, Separated, WholeNumber
+from s1jax.config import STRICT, NonNegative, PathText, Positive, Separated, WholeNumber
 from s1jax.curation.sections import DistillSection, DomainsSection, GradeSection, StudentSection
 
 
@@ -21,7 +21,7 @@ def _check_student(name: str) -> str:
 class SourceSection:
     """One source of questions, and which of its columns are what."""
 
-    path: str = Field(description="JSONL, JSON or Parquet file, or hub id of a data set")
+    path: PathText = Field(description="JSONL, JSON or Parquet file, or hub id of a data set")
     subset: str | None = Field(default=None, description="of a hub data set: its configuration")
     split: str = Field(default="train", description="of a hub data set")
     question: str = Field(default="question", description="column of the question")
@@ -38,7 +38,7 @@ class SourceSection:
 class EvaluationSetSection:
     """Questions that none of the sources' may resemble."""
 
-    path: str = Field(description="JSONL, JSON or Parquet file, or hub id of a data set")
+    path: PathText = Field(description="JSONL, JSON or Parquet file, or hub id of a data set")
     subset: str | None = Field(default=None, description="of a hub data set: its configuration")
     split: str = Field(default="test", description="of a hub data set")
     question: str = Field(default="question", description="column of the question")
@@ -65,7 +65,7 @@ class PreselectionSection:
 class BenchmarkSection:
     """A set of problems whose domains the later draws follow."""
 
-    path: str = Field(description="JSONL, JSON or Parquet file, or hub id of a data set; a row is a problem")
+    path: PathText = Field(description="JSONL, JSON or Parquet file, or hub id of a data set; a row is a problem")
     subset: str | None = Field(default=None, description="of a hub data set: its configuration")
     split: str = Field(default="test", description="of a hub data set")
     domain: str = Field(default="domain", description="column of the domain")
@@ -78,7 +78,7 @@ class SelectSection:
 
     size: Positive = Field(default=1000, description="questions to select")
     seed: WholeNumber = Field(default=0, description="of all draws")
-    tokenizer: str | None = Field(
+    tokenizer: PathText | None = Field(
         default=None, description="directory or hub id; lengths of traces are in its tokens. null: in words"
     )
     preselect: dict[str, PreselectionSection] = Field(default={}, description="by name of the source")
@@ -104,7 +104,7 @@ class FormatSection:
 class CurateConfig:
     """python -m s1jax.curate: from sources of questions to a small training set with reasoning traces."""
 
-    output_dir: str = Field(description="the run directory: all stages read and write here")
+    output_dir: PathText = Field(description="the run directory: all stages read and write here")
     sources: dict[str, SourceSection] = Field(description="by name, in the order in which duplicates are resolved")
     evaluation_sets: dict[str, EvaluationSetSection] = Field(
         default={}, description="by name; a question that shares 8 words in a row with one of theirs is dropped"

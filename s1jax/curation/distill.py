@@ -1,6 +1,5 @@
 """The stage distill: a teacher's reasoning trace and answer for each question."""
 
-from pathlib import Path
 from typing import Any
 
 from s1jax.curation.asking import Ask, ask_all, user_turn
@@ -8,9 +7,10 @@ from s1jax.curation.endpoint import FailureError
 from s1jax.curation.files import read_questions
 from s1jax.curation.message import Reply
 from s1jax.curation.sections import DistillSection
+from s1jax.paths import AnyPath
 
 
-def distill(section: DistillSection, output_dir: Path) -> dict[str, int]:
+def distill(section: DistillSection, output_dir: AnyPath) -> dict[str, int]:
     """Ask the teacher all of questions.jsonl; traces.jsonl has what came of each, responses.jsonl the raw responses.
 
     Returns the counts of done, failed and unasked. Raises as `ask_all` does.

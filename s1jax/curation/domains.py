@@ -1,14 +1,15 @@
 """The stage domains: a model says which field of mathematics, or of another science, each question is from."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 from s1jax.curation.asking import Ask, ask_all, user_turn
 from s1jax.curation.endpoint import FailureError
-from s1jax.curation.files import stage_output, stream_jsonl
+from s1jax.curation.files import stage_output
 from s1jax.curation.message import Reply
 from s1jax.curation.sections import DomainsSection
+from s1jax.jsonl import stream_rows
+from s1jax.paths import AnyPath
 
 # Mathematics Subject Classification 2020, the two-digit codes.
 CODES = {
@@ -89,7 +90,7 @@ The codes:
 Reply with the two digits of the code that fits best, and nothing else."""
 
 
-def domains(section: DomainsSection, output_dir: Path) -> dict[str, int]:
+def domains(section: DomainsSection, output_dir: AnyPath) -> dict[str, int]:
     """Ask for the domain of each question that filter left, or collect found, and that has none.
 
     domains.jsonl has what came of each: `code`, and its name as `domain`. Returns the counts of done, failed and
@@ -102,7 +103,7 @@ def domains(section: DomainsSection, output_dir: Path) -> dict[str, int]:
     codes = "\n".join(f"{code} {name}" for code, name in CODES.items())
     asks = [
         Ask(question["id"], user_turn(_PROMPT.format(question=question["question"], codes=codes)))
-        for question in stream_jsonl(questions)
+        for question in stream_rows(questions)
         if question.get("domain") is None
     ]
     return ask_all(

@@ -3,14 +3,14 @@
 import re
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from s1jax.config_reader import ConfigError
 from s1jax.curation.card import Entry
 from s1jax.curation.config import CurateConfig
-from s1jax.curation.files import read_questions, stage_output, stream_jsonl, write_whole
-from s1jax.jsonl import InputError
+from s1jax.curation.files import read_questions, stage_output
+from s1jax.jsonl import InputError, replace_rows, stream_rows
+from s1jax.paths import AnyPath
 
 _Row = dict[str, Any]
 _ASY = "[asy]"
@@ -26,7 +26,7 @@ _CHAT_TOKEN = re.compile(r"<\|(im_start|im_end|endoftext)\|>")
 STEPS = ("with a trace", "of usable form", "not solved by a student")
 
 
-def filter_questions(config: CurateConfig, output_dir: Path) -> Entry:
+def filter_questions(config: CurateConfig, output_dir: AnyPath) -> Entry:
     """Write filtered.jsonl, each question with trace, attempt and teacher's verdict, and dropped.jsonl with reasons.
 
     Raises ConfigError, and InputError if the files of an earlier stage are not there or cannot be used.
@@ -44,7 +44,7 @@ def filter_questions(config: CurateConfig, output_dir: Path) -> Entry:
 
     def kept() -> Iterator[_Row]:
         waiting = dict(questions)
-        for trace in stream_jsonl(traces):
+        for trace in stream_rows(traces):
             question = waiting.pop(trace["id"], None)
             if question is None:
                 continue
@@ -58,8 +58,8 @@ def filter_questions(config: CurateConfig, output_dir: Path) -> Entry:
         for question in waiting.values():
             drop(question, STEPS[0], "not asked")
 
-    write_whole(output_dir / "filtered.jsonl", kept())
-    write_whole(output_dir / "dropped.jsonl", dropped)
+    replace_rows(output_dir / "filtered.jsonl", kept())
+    replace_rows(output_dir / "dropped.jsonl", dropped)
     of_step = Counter(row["step"] for row in dropped)
     left, funnel = len(questions), []
     for step in STEPS:
@@ -93,7 +93,7 @@ def _problem(config: CurateConfig, question: _Row, trace: _Row, verdict: dict[st
     return None
 
 
-def _verdicts(config: CurateConfig, output_dir: Path) -> dict[str, dict[str, str]]:
+def _verdicts(config: CurateConfig, output_dir: AnyPath) -> dict[str, dict[str, str]]:
     """Of each question: who -> verdict. Without students grades.jsonl may be missing."""
     path = output_dir / "grades.jsonl"
     if config.students:
@@ -102,7 +102,7 @@ def _verdicts(config: CurateConfig, output_dir: Path) -> dict[str, dict[str, str
         return {}
     verdicts: dict[str, dict[str, str]] = {}
     seen = set()
-    for row in stream_jsonl(path):
+    for row in stream_rows(path):
         verdicts.setdefault(row["id"], {})[row["who"]] = row["verdict"]
         seen.add(row["who"])
     missing = [student for student in config.students if student not in seen]

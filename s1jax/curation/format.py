@@ -1,7 +1,6 @@
 """The stage format: s1K rows for train.py, and a split for validation."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,19 +9,20 @@ from pyarrow import parquet
 
 from s1jax.curation.card import Entry
 from s1jax.curation.config import FormatSection
-from s1jax.curation.files import stage_output, stream_jsonl, write_bytes, write_whole
-from s1jax.jsonl import InputError
+from s1jax.curation.files import stage_output
+from s1jax.jsonl import InputError, replace_rows, stream_rows
+from s1jax.paths import AnyPath, write_whole
 
 _Row = dict[str, Any]
 _TYPES = ("jsonl", "parquet")
 
 
-def format_rows(section: FormatSection, output_dir: Path) -> Entry:
+def format_rows(section: FormatSection, output_dir: AnyPath) -> Entry:
     """Write selected.jsonl as s1K rows in a random order: train, and validation if there is to be one.
 
     Raises InputError if nothing would be left to train on, or files cannot be used.
     """
-    rows = [_s1k_row(row) for row in stream_jsonl(stage_output(output_dir, "selected.jsonl", "select"))]
+    rows = [_s1k_row(row) for row in stream_rows(stage_output(output_dir, "selected.jsonl", "select"))]
     if len(rows) <= section.validation:
         raise InputError(
             f"format: {len(rows)} questions are selected, and format.validation asks for {section.validation} of them"
@@ -55,10 +55,10 @@ def _s1k_row(row: _Row) -> _Row:
     }
 
 
-def _write(path: Path, rows: list[_Row]) -> None:
+def _write(path: AnyPath, rows: list[_Row]) -> None:
     if path.suffix == ".jsonl":
-        write_whole(path, rows)
+        replace_rows(path, rows)
         return
     buffer = pa.BufferOutputStream()
     parquet.write_table(pa.Table.from_pylist(rows), buffer)
-    write_bytes(path, buffer.getvalue().to_pybytes())
+    write_whole(path, buffer.getvalue().to_pybytes())

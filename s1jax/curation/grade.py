@@ -3,22 +3,22 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from s1jax.curation.files import read_questions, stream_jsonl, write_whole
+from s1jax.curation.files import read_questions
 from s1jax.curation.judge import Case, judge
 from s1jax.curation.sections import GradeSection
 from s1jax.evaluation.grading import Grader, Kind
-from s1jax.jsonl import InputError, resume_jsonl, write_lines
+from s1jax.jsonl import InputError, RowWriter, merge_parts, replace_rows, stream_rows, written_rows
+from s1jax.paths import AnyPath
 
 _Row = dict[str, Any]
 _CHOICE = re.compile(r"\(?[A-J]\)?")
 
 
-def grade(section: GradeSection, students: Sequence[str], output_dir: Path) -> dict[str, int]:
+def grade(section: GradeSection, students: Sequence[str], output_dir: AnyPath) -> dict[str, int]:
     """Grade what traces.jsonl and attempts-NAME.jsonl answer; grades.jsonl has a line for each question and answerer.
 
     Verdicts of an earlier run by the same method stay; what was ungraded is graded again, but the judge is asked once.
@@ -28,7 +28,7 @@ def grade(section: GradeSection, students: Sequence[str], output_dir: Path) -> d
     results = output_dir / "grades.jsonl"
     kept = {
         (row["who"], row["id"]): row
-        for row in resume_jsonl(results)
+        for row in written_rows(results)
         if row["method"] == section.method and row["verdict"] != "ungraded"
     }
     rows: list[_Row] = []
@@ -45,15 +45,15 @@ def grade(section: GradeSection, students: Sequence[str], output_dir: Path) -> d
                 rows.append(_row(who, identity, section.method, "ungraded", case))
     if section.method == "judge":
         rows += _judged(section, cases, output_dir)
-        write_whole(results, rows)
+        replace_rows(results, rows)
     else:
-        write_whole(results, rows)
+        replace_rows(results, rows)
         rows += _verified(section, cases, results)
     counts = Counter(f"{row['who']} {row['verdict']}" for row in rows)
     return dict(sorted(counts.items()))
 
 
-def _answers(who: str, output_dir: Path) -> dict[str, _Row]:
+def _answers(who: str, output_dir: AnyPath) -> dict[str, _Row]:
     """What is known of each answer: its text, or why there is none."""
     name, stage, key = (
         ("traces.jsonl", "distill", "answer") if who == "teacher" else (f"attempts-{who}.jsonl", "attempt", "text")
@@ -61,7 +61,7 @@ def _answers(who: str, output_dir: Path) -> dict[str, _Row]:
     path = output_dir / name
     if not path.exists():
         raise InputError(f"{path}: not there; run the stage {stage} first")
-    return {row["id"]: {"text": row.get(key), "reason": row["reason"]} for row in stream_jsonl(path)}
+    return {row["id"]: {"text": row.get(key), "reason": row["reason"]} for row in stream_rows(path)}
 
 
 def _case(who: str, question: _Row, answer: _Row | None) -> Case | str:
@@ -79,28 +79,27 @@ def _row(who: str, identity: str, method: str, verdict: str, reason: str | None)
     return {"id": identity, "who": who, "verdict": verdict, "method": method, "reason": reason}
 
 
-def _verified(section: GradeSection, cases: dict[tuple[str, str], Case], results: Path) -> list[_Row]:
+def _verified(section: GradeSection, cases: dict[tuple[str, str], Case], results: AnyPath) -> list[_Row]:
     """Grade by math-verify, adding each row to the file."""
     rows = []
     grader = Grader(section.grading_seconds)
     try:
-        with results.open("a", encoding="utf-8") as file:
+        with RowWriter(results) as writer:
             for (who, identity), case in tqdm(cases.items(), desc="grade", unit="answer", disable=None):
                 kind: Kind = "choice" if _CHOICE.fullmatch(case.reference.strip()) else "math"
                 found = grader.grade(case.attempt, case.reference, kind)
                 rows.append(_row(who, identity, section.method, found.verdict, found.reason))
-                write_lines(file, rows[-1:])
-    except OSError as error:
-        raise InputError(f"{results}: {error.strerror}; the grades in it are intact") from None
+                writer.append(rows[-1:])
     finally:
         grader.close()
+    merge_parts(results, key=lambda row: (row["who"], row["id"]))
     return rows
 
 
-def _judged(section: GradeSection, cases: dict[tuple[str, str], Case], output_dir: Path) -> list[_Row]:
+def _judged(section: GradeSection, cases: dict[tuple[str, str], Case], output_dir: AnyPath) -> list[_Row]:
     """Grade by asking the judge."""
     judge(section.endpoint, cases.values(), output_dir)
-    verdicts = {row["id"]: row for row in stream_jsonl(output_dir / "verdicts.jsonl")}
+    verdicts = {row["id"]: row for row in stream_rows(output_dir / "verdicts.jsonl")}
     rows = []
     for (who, identity), case in cases.items():
         found = verdicts.get(case.id, {"verdict": None, "reason": "not asked"})

@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from s1jax.curation.asking import Ask, ask_all, user_turn
 from s1jax.curation.endpoint import FailureError
 from s1jax.curation.message import Reply
 from s1jax.curation.sections import EndpointSection
+from s1jax.paths import AnyPath
 
 _PROMPT = """\
 Below are a question, its reference answer, and an attempt at the question. Decide whether the attempt reaches the \
@@ -40,7 +40,7 @@ class Case(NamedTuple):
     attempt: str
 
 
-def judge(section: EndpointSection, cases: Iterable[Case], output_dir: Path) -> dict[str, int]:
+def judge(section: EndpointSection, cases: Iterable[Case], output_dir: AnyPath) -> dict[str, int]:
     """Ask the judge about each case; verdicts.jsonl has what came of it, with `verdict` right or wrong where done.
 
     Returns the counts of done, failed and unasked. Raises as `ask_all` does.

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from s1jax.config import STRICT, BudgetSection, MeshSection, NonNegative, Positive, WholeNumber
+from s1jax.config import STRICT, BudgetSection, MeshSection, NonNegative, PathText, Positive, WholeNumber
 
 Seconds = Annotated[float, Field(gt=0)]
 BOXED = "\n\nPut your final answer within \\boxed{}."
@@ -54,7 +54,9 @@ class StudentSection:
     """A student, either at endpoint.base_url or the model at path."""
 
     endpoint: EndpointSection = Field(default=EndpointSection(), description="where it is asked")
-    path: str | None = Field(default=None, description="model directory or hub id, to compute answers here (greedy)")
+    path: PathText | None = Field(
+        default=None, description="model directory or hub id, to compute answers here (greedy)"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="bfloat16", description="dtype of the computation")
     budget: BudgetSection = Field(
         default=BudgetSection(profile="none", max_answer_tokens=4096), description="with path: length of the answers"

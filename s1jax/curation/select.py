@@ -2,7 +2,6 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,9 +10,10 @@ from tqdm import tqdm
 from s1jax.config_reader import ConfigError
 from s1jax.curation.card import Entry
 from s1jax.curation.config import BenchmarkSection, CurateConfig, SelectSection
-from s1jax.curation.files import stage_output, stream_jsonl, write_whole
+from s1jax.curation.files import stage_output
 from s1jax.data.sources import read_source
-from s1jax.jsonl import InputError, Problem, describe
+from s1jax.jsonl import InputError, Problem, describe, replace_rows, stream_rows
+from s1jax.paths import AnyPath
 from s1jax.tokenizer import load_tokenizer
 
 UNCLASSIFIED = "unclassified"
@@ -32,7 +32,7 @@ class Candidate(NamedTuple):
     """Verdict of the teacher's answer: right, wrong or ungraded; None: not graded."""
 
 
-def select(config: CurateConfig, output_dir: Path) -> Entry:
+def select(config: CurateConfig, output_dir: AnyPath) -> Entry:
     """Write selected.jsonl: of filtered.jsonl, the preselected questions by id, then the others as they were drawn.
 
     Raises ConfigError, and InputError if fewer questions are left than wanted, or files cannot be used.
@@ -53,11 +53,11 @@ def select(config: CurateConfig, output_dir: Path) -> Entry:
     chosen = choose(candidates, preselected, section, weights)
     place = {candidate.id: at for at, candidate in enumerate(chosen)}
     rows: list[dict[str, Any]] = [{} for _ in chosen]
-    for row in stream_jsonl(filtered):
+    for row in stream_rows(filtered):
         if row["id"] in place:
             candidate = chosen[place[row["id"]]]
             rows[place[row["id"]]] = {**row, "domain": candidate.domain, "trace_length": candidate.length}
-    write_whole(output_dir / "selected.jsonl", rows)
+    replace_rows(output_dir / "selected.jsonl", rows)
     lengths = [candidate.length for candidate in chosen]
     unit = "tokens" if section.tokenizer else "words"
     return Entry(
@@ -139,14 +139,14 @@ def _draw_rank(count: int, rng: np.random.Generator) -> int:
     return rank
 
 
-def _candidates(config: CurateConfig, filtered: Path) -> list[Candidate]:
+def _candidates(config: CurateConfig, filtered: AnyPath) -> list[Candidate]:
     """One candidate for each line of filtered.jsonl, its domain from there or from the stage domains."""
     name = config.select.tokenizer
     tokenizer = load_tokenizer(name) if name else None
     classified = filtered.with_name("domains.jsonl")
-    domains = {row["id"]: row["domain"] for row in stream_jsonl(classified)} if classified.exists() else {}
+    domains = {row["id"]: row["domain"] for row in stream_rows(classified)} if classified.exists() else {}
     candidates = []
-    for row in tqdm(stream_jsonl(filtered), desc="select", unit="trace", disable=None):
+    for row in tqdm(stream_rows(filtered), desc="select", unit="trace", disable=None):
         trace = row["trace"]
         length = len(tokenizer(trace, add_special_tokens=False)["input_ids"]) if tokenizer else len(trace.split())
         domain = row["domain"] or domains.get(row["id"]) or UNCLASSIFIED

@@ -1,5 +1,6 @@
 """Reads rows from a JSON Lines, JSON or Parquet file, or from a data set of the Hugging Face hub."""
 
+import io
 import json
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from pyarrow import ArrowInvalid, parquet
 
 from s1jax.jsonl import InputError, Source, describe, keep_objects, read_jsonl
+from s1jax.paths import AnyPath, BucketPath, any_path
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -14,19 +16,22 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def read_source(path: str, subset: str | None = None, split: str = "train") -> Source:
     """Read all rows of a .jsonl, .json (a list of objects) or .parquet file, a directory, or a hub data set.
 
-    A directory and a hub id ("owner/name", where no such file exists) go through `datasets.load_dataset`
-    and give this split of this subset; to a file both mean nothing. Lines of white space alone are no rows.
+    A file may be in a bucket. A local directory and a hub id ("owner/name", where no such file exists) go through
+    `datasets.load_dataset` and give this split of this subset; to a file both mean nothing. Lines of white space alone
+    are no rows.
 
     Raises:
         InputError: if there is no such file, it is of another kind, unreadable as a whole, or has no rows.
             A single bad row is no error here but a `Problem` in the result.
     """
-    file = Path(path)
+    file = any_path(path)
     readers = {".jsonl": read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
     if file.is_file():
         if file.suffix not in readers:
             raise InputError(f"{path}: cannot read a '{file.suffix}' file, expected one of {', '.join(readers)}")
         source = readers[file.suffix](file)
+    elif isinstance(file, BucketPath):
+        raise InputError(f"{path}: no such file (of data sets in a directory, only local ones are read)")
     elif file.is_dir() or (HUB_ID.fullmatch(path) and file.suffix not in readers):
         source = _read_with_datasets(path, subset, split)
     else:
@@ -36,7 +41,7 @@ def read_source(path: str, subset: str | None = None, split: str = "train") -> S
     return source
 
 
-def _read_json(file: Path) -> Source:
+def _read_json(file: AnyPath) -> Source:
     hint = "expected a list of objects (one object per line belongs in a .jsonl file)"
     try:
         values = json.loads(file.read_bytes().decode("utf-8-sig"))
@@ -47,9 +52,9 @@ def _read_json(file: Path) -> Source:
     return keep_objects(str(file), "row", list(enumerate(values, start=1)))
 
 
-def _read_parquet(file: Path) -> Source:
+def _read_parquet(file: AnyPath) -> Source:
     try:
-        values = parquet.read_table(file).to_pylist()
+        values = parquet.read_table(file if isinstance(file, Path) else io.BytesIO(file.read_bytes())).to_pylist()
     except (ArrowInvalid, OSError) as error:
         raise InputError(f"{file}: not readable as Parquet: {error}") from error
     return keep_objects(str(file), "row", list(enumerate(values, start=1)))

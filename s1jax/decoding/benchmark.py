@@ -1,12 +1,10 @@
 """How fast prefill and decoding are, against how fast this device copies memory."""
 
 import json
-import resource
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,11 +16,13 @@ from s1jax.decoding.budget import Phase, RowParams, RowState, Tables
 from s1jax.decoding.generate import STEPS_PER_CHUNK, bucket
 from s1jax.decoding.loop import Rows, Shared, decode_chunk, empty_cache, insert, prefill
 from s1jax.decoding.sampling import Sampling
+from s1jax.device_memory import peak_resident_bytes
 from s1jax.mesh import batch_shards, make_mesh
 from s1jax.model.config import QwenConfig
 from s1jax.model.hf import load_params, resolve_model
 from s1jax.model.load import LoadedModel, build_model, inference_param_dtype
 from s1jax.model.qwen import KVCache
+from s1jax.paths import any_path, write_whole
 
 _COPIED_BYTES = 2**29
 _UNLIMITED = 2**30
@@ -77,9 +77,7 @@ def benchmark(config: BenchmarkConfig) -> None:
     }
     print(_table(report, results))
     if config.benchmark.output:
-        output = Path(config.benchmark.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_whole(any_path(config.benchmark.output), json.dumps(report, indent=2) + "\n")
 
 
 def _measure(loaded: LoadedModel, config: BenchmarkConfig, batch_size: int, copy: float) -> Measurement:
@@ -171,7 +169,7 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 def _peak_memory() -> int:
     stats = jax.devices()[0].memory_stats() or {}
-    return int(stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return int(stats.get("peak_bytes_in_use") or peak_resident_bytes())
 
 
 def _table(report: dict[str, Any], results: list[Measurement]) -> str:

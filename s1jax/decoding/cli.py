@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -10,12 +9,14 @@ from transformers import PreTrainedTokenizerBase
 
 from s1jax.config import GenerateConfig
 from s1jax.config_reader import ConfigError
-from s1jax.decoding.generate import Finished, Request
+from s1jax.decoding.generate import Finished, Generator, Request
 from s1jax.decoding.profiles import ProfileIds, prepare_prompt
 from s1jax.decoding.requests import Prompt, encode_prompt, read_prompts, thinking_budget
-from s1jax.decoding.setup import build_generator, check_requests, prepare
+from s1jax.decoding.setup import Setup, build_generator, check_requests, prepare
 from s1jax.decoding.terminal import TerminalWriter
-from s1jax.jsonl import InputError, resume_jsonl, write_lines
+from s1jax.jsonl import InputError, RowWriter, merge_parts, written_rows
+from s1jax.locks import exclusive_file
+from s1jax.paths import AnyPath, any_path
 from s1jax.resume import keep_settings
 
 _FREE_TO_CHANGE = ("output", "batch_size", "mesh", "plan", "prompts")
@@ -25,8 +26,8 @@ _FREE_TO_CHANGE = ("output", "batch_size", "mesh", "plan", "prompts")
 def generate(config: GenerateConfig) -> None:
     """Generate for all prompts; results are appended to `config.output` as they finish.
 
-    Everything is checked before the weights are read. Raises ConfigError, InputError, ValueError, OSError or
-    OutOfMemoryError with a message for the person who started the run.
+    Everything is checked before the weights are read. Raises ConfigError, InputError, ValueError, OSError, InUseError
+    or OutOfMemoryError with a message for the person who started the run.
     """
     if (config.prompts is None) == (config.prompt is None):
         raise ConfigError("give either prompts (a JSONL file) or prompt (one question)")
@@ -39,31 +40,43 @@ def generate(config: GenerateConfig) -> None:
     ]
     named = [(f"prompt {prompts[request.index].id!r}", request) for request in requests if request.sample == 0]
     check_requests(named, setup.profile, setup.context_length)
-    output = Path(config.output) if config.output else None
-    done = _resume(output, config, prompts) if output else set()
-    if output:
-        output.touch()
-    requests = [r for r in requests if (r.index, r.sample) not in done]
-    if not requests:
-        return
-    generator = build_generator(config, setup, logprobs=config.logprobs)
-    print(f"{len(requests)} to generate; at most {generator.compilations(requests)} compilations", file=sys.stderr)
-    if output is None:
+    if config.output is None:
+        generator = _generator(config, setup, requests)
         writer = TerminalWriter(setup.tokenizer, requests, sys.stdout)
         for event in generator.run(requests):
             writer.take(event)
         return
-    with output.open("a", encoding="utf-8") as file, tqdm(total=len(requests), disable=None) as bar:
-        for event in generator.run(requests):
-            if isinstance(event, Finished):
-                write_lines(file, [_line(event, prompts[event.request.index], config.sampling.num_samples)])
-                bar.update()
+    output = any_path(config.output)
+    with exclusive_file(output) as lock:
+        done = _resume(output, config, prompts)
+        missing = [r for r in requests if (r.index, r.sample) not in done]
+        if missing:
+            generator = _generator(config, setup, missing)
+            with RowWriter(output, lock=lock) as file, tqdm(total=len(missing), disable=None) as bar:
+                for event in generator.run(missing):
+                    if isinstance(event, Finished):
+                        file.append([_line(event, prompts[event.request.index], config.sampling.num_samples)])
+                        bar.update()
+        lock.check()
+        place = {repr(prompt.id): index for index, prompt in enumerate(prompts)}
+        merge_parts(output, _key, order=lambda row: (place[repr(row["id"])], row.get("sample", 0)))
+
+
+def _generator(config: GenerateConfig, setup: Setup, requests: list[Request]) -> Generator:
+    generator = build_generator(config, setup, logprobs=config.logprobs)
+    print(f"{len(requests)} to generate; at most {generator.compilations(requests)} compilations", file=sys.stderr)
+    return generator
+
+
+def _key(row: dict[str, Any]) -> tuple[str, int]:
+    """By which a line of the output file is known."""
+    return repr(row["id"]), row.get("sample", 0)
 
 
 def _prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase, profile: ProfileIds) -> list[Prompt]:
     budget = thinking_budget(config.budget, config.max_total_tokens)
     if config.prompts is not None:
-        return read_prompts(Path(config.prompts), tokenizer, profile, budget, chat_template=config.chat_template)
+        return read_prompts(any_path(config.prompts), tokenizer, profile, budget, chat_template=config.chat_template)
     assert config.prompt is not None
     if not config.prompt.strip():
         raise ConfigError("prompt: is empty")
@@ -80,12 +93,12 @@ def _line(event: Finished, prompt: Prompt, num_samples: int) -> dict[str, Any]:
     return line
 
 
-def _resume(output: Path, config: GenerateConfig, prompts: list[Prompt]) -> set[tuple[int, int]]:
+def _resume(output: AnyPath, config: GenerateConfig, prompts: list[Prompt]) -> set[tuple[int, int]]:
     """(prompt, sample) of the lines that are there; refuses those of a run with other settings."""
     keep_settings(config, _FREE_TO_CHANGE, output, output.with_name(output.name + ".config.json"))
     index_of = {repr(prompt.id): index for index, prompt in enumerate(prompts)}
     done = set()
-    for row in resume_jsonl(output):
+    for row in written_rows(output):
         index = index_of.get(repr(row.get("id")))
         if index is None or prompts[index].given != row.get("prompt"):
             raise InputError(f"{output}: it has id {row.get('id')!r}, which is not that prompt's here: move it away")

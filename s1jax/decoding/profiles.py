@@ -7,7 +7,6 @@ used.
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -16,6 +15,8 @@ from jaxtyping import Bool
 from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 from transformers import PreTrainedTokenizerBase
+
+from s1jax.paths import AnyPath, any_path
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ PROFILES: dict[str, DelimiterProfile] = {
 }
 
 
-def load_profile(name_or_path: str | Path) -> DelimiterProfile:
+def load_profile(name_or_path: str | AnyPath) -> DelimiterProfile:
     """Return a built-in profile by name, or the one in a YAML file.
 
     The file's keys are the fields of `DelimiterProfile`; `name` defaults to the file's own. Raises
@@ -122,7 +123,7 @@ def load_profile(name_or_path: str | Path) -> DelimiterProfile:
     """
     if str(name_or_path) in PROFILES:
         return PROFILES[str(name_or_path)]
-    path = Path(name_or_path)
+    path = any_path(name_or_path)
     if not path.is_file():
         raise FileNotFoundError(
             f"no delimiter profile {str(name_or_path)!r}: neither a built-in one ({', '.join(PROFILES)}) "

@@ -1,7 +1,6 @@
 """Prompts as a person writes them, made into requests: checked as a whole before anything is computed."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -11,6 +10,7 @@ from s1jax.config import BudgetSection
 from s1jax.decoding.budget import ThinkingBudget, build_tables
 from s1jax.decoding.profiles import ProfileIds
 from s1jax.jsonl import Problem, read_jsonl
+from s1jax.paths import AnyPath
 
 Messages = list[dict[str, str]]
 
@@ -52,7 +52,7 @@ def thinking_budget(section: BudgetSection, max_total_tokens: int | None) -> Thi
 
 
 def read_prompts(
-    path: Path,
+    path: AnyPath,
     tokenizer: PreTrainedTokenizerBase,
     profile: ProfileIds,
     default: ThinkingBudget,

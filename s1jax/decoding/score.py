@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,11 +13,13 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from s1jax.config import ScoreConfig
-from s1jax.jsonl import InputError, Problem, read_jsonl, resume_jsonl, write_lines
+from s1jax.jsonl import InputError, Problem, RowWriter, merge_parts, read_jsonl, written_rows
+from s1jax.locks import exclusive_file
 from s1jax.mesh import MESH_AXES, constrain
 from s1jax.model.load import LoadedModel, load_model
 from s1jax.model.qwen import Params, Qwen
 from s1jax.model.token_logprobs import token_logprobs
+from s1jax.paths import AnyPath, any_path
 
 _BATCHES_PER_WINDOW = 16
 """Rows are sorted by length within a window of this many batches; a window is written when it is whole."""
@@ -34,25 +35,28 @@ class _Row:
 def score(config: ScoreConfig) -> None:
     """Score every row of `config.input` and write `config.output`, in the same order.
 
-    Raises InputError listing the rows that cannot be scored, before anything is computed.
+    Raises InputError listing the rows that cannot be scored, before anything is computed; InUseError and OSError.
     """
     loaded = load_model(config.model, config.mesh)
     limit = config.max_length or loaded.model.config.max_position_embeddings
-    rows = _read_rows(Path(config.input), loaded.tokenizer, loaded.model.config.vocab_size, limit)
-    output = Path(config.output)
-    done = resume_jsonl(output)
-    if [row["id"] for row in done] != [row.id for row in rows[: len(done)]]:
-        raise InputError(f"{output}: its ids are not those of {config.input}: another run wrote it; move it away")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    window = config.batch_size * _BATCHES_PER_WINDOW
-    with output.open("a", encoding="utf-8") as file, tqdm(total=len(rows), initial=len(done), disable=None) as bar:
-        for start in range(len(done), len(rows), window):
-            results = score_rows(loaded, [row.input_ids for row in rows[start : start + window]], config.batch_size)
-            write_lines(
-                file,
-                ({"id": row.id, **result} for row, result in zip(rows[start : start + window], results, strict=True)),
-            )
-            bar.update(len(results))
+    rows = _read_rows(any_path(config.input), loaded.tokenizer, loaded.model.config.vocab_size, limit)
+    place = {repr(row.id): number for number, row in enumerate(rows)}
+    output = any_path(config.output)
+    with exclusive_file(output) as lock:
+        done = {repr(row.get("id")) for row in written_rows(output)}
+        if done - place.keys():
+            raise InputError(f"{output}: its ids are not those of {config.input}: another run wrote it; move it away")
+        window = config.batch_size * _BATCHES_PER_WINDOW
+        with RowWriter(output, lock=lock) as file, tqdm(total=len(rows), initial=len(done), disable=None) as bar:
+            for start in range(0, len(rows), window):
+                chosen = rows[start : start + window]
+                missing = [number for number, row in enumerate(chosen) if repr(row.id) not in done]
+                if missing:
+                    results = score_rows(loaded, [row.input_ids for row in chosen], config.batch_size)
+                    file.append({"id": chosen[number].id, **results[number]} for number in missing)
+                    bar.update(len(missing))
+        lock.check()
+        merge_parts(output, lambda row: repr(row["id"]), order=lambda row: place[repr(row["id"])])
 
 
 def score_rows(loaded: LoadedModel, rows: Sequence[list[int]], batch_size: int) -> list[dict[str, Any]]:
@@ -106,11 +110,14 @@ def _bucket(length: int) -> int:
     return size * 3 // 4 if size > _SHORTEST_BUCKET and length <= size * 3 // 4 else size
 
 
-def _read_rows(path: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int, limit: int) -> list[_Row]:
+def _read_rows(path: AnyPath, tokenizer: PreTrainedTokenizerBase, vocab_size: int, limit: int) -> list[_Row]:
     source = read_jsonl(path)
     problems = list(source.problems)
     rows = []
+    lines_by_id: dict[str, int] = {}
     for index, (line, row) in enumerate(source.rows):
+        row_id = row.get("id", index)
+        first = lines_by_id.setdefault(repr(row_id), line)
         input_ids = row.get("input_ids")
         if isinstance(row.get("text"), str) and input_ids is None:
             input_ids = tokenizer(row["text"]).input_ids
@@ -124,8 +131,10 @@ def _read_rows(path: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int, 
             )
         elif len(input_ids) > limit:
             problems.append(Problem(line, f"{len(input_ids)} tokens, at most {limit} fit"))
+        elif first != line:
+            problems.append(Problem(line, f"id {row_id!r} is that of line {first} too"))
         else:
-            rows.append(_Row(row.get("id", index), input_ids))
+            rows.append(_Row(row_id, input_ids))
     if problems:
         raise source.error(problems)
     return rows

@@ -5,7 +5,6 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -21,7 +20,9 @@ from s1jax.evaluation.report import write_report
 from s1jax.evaluation.runs import Run, plan_runs
 from s1jax.evaluation.summary import Line, accepted, summarise
 from s1jax.evaluation.tasks import Question, load_task
-from s1jax.jsonl import resume_jsonl, write_lines
+from s1jax.jsonl import RowWriter, merge_parts, written_rows
+from s1jax.locks import exclusive_directory
+from s1jax.paths import any_path, write_whole
 from s1jax.resume import keep_settings
 
 _FREE_TO_CHANGE = ("output_dir", "batch_size", "mesh", "grading_seconds")
@@ -42,8 +43,8 @@ class _Job:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Run all that is not in `output_dir` yet, write samples.jsonl, summary.json and the report; return the summary.
 
-    Everything is checked before the weights are read. Raises ConfigError, InputError, ValueError, OSError or
-    OutOfMemoryError with a message for the person who started the run.
+    Everything is checked before the weights are read. Raises ConfigError, InputError, ValueError, OSError, InUseError
+    or OutOfMemoryError with a message for the person who started the run.
     """
     if "rejection" in config.sweep.baselines and config.sampling.temperature == 0:
         raise ConfigError("sweep.baselines: rejection draws again and again, so sampling.temperature must be above 0")
@@ -75,26 +76,35 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if job.request.sample == 0
     ]
     check_requests(named, setup.profile, setup.context_length)
-    output = Path(config.output_dir)
-    file = output / "samples.jsonl"
-    keep_settings(config, _FREE_TO_CHANGE, file, output / "config.json")
-    lines: dict[_Key, Line] = {(row["task"], row["run"], row["id"], row["sample"]): row for row in resume_jsonl(file)}
-    generator: Generator | None = None
-    with _GradedFile(file, config.grading_seconds) as graded:
-        while missing := jobs(lines):
-            generator = generator or build_generator(config, setup)
-            job_of = {id(job.request): job for job in missing}
-            with tqdm(total=len(missing), disable=None, unit="answer") as bar:
-                for event in generator.run([job.request for job in missing]):
-                    if isinstance(event, Finished):
-                        line = _line(job_of[id(event.request)], event)
-                        lines[line["task"], line["run"], line["id"], line["sample"]] = line
-                        graded.add(line)
-                        bar.update()
-    summary = summarise(config, questions, methods, list(lines.values()))
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    write_report(output, summary, list(lines.values()), setup.tokenizer, setup.profile)
+    output = any_path(config.output_dir)
+    with exclusive_directory(output) as lock:
+        file = output / "samples.jsonl"
+        keep_settings(config, _FREE_TO_CHANGE, file, output / "config.json")
+        lines = {_key(row): row for row in written_rows(file)}
+        generator: Generator | None = None
+        with RowWriter(file, lock=lock) as writer, _Graded(writer, config.grading_seconds) as graded:
+            while missing := jobs(lines):
+                generator = generator or build_generator(config, setup)
+                job_of = {id(job.request): job for job in missing}
+                with tqdm(total=len(missing), disable=None, unit="answer") as bar:
+                    for event in generator.run([job.request for job in missing]):
+                        if isinstance(event, Finished):
+                            line = _line(job_of[id(event.request)], event)
+                            lines[_key(line)] = line
+                            graded.add(line)
+                            bar.update()
+        lock.check()
+        order = {run.name: number for number, run in enumerate(runs)}
+        place = {(question.task, question.id): number for number, question in enumerate(questions)}
+        merge_parts(file, _key, order=lambda row: (order[row["run"]], place[row["task"], row["id"]], row["sample"]))
+        summary = summarise(config, questions, methods, list(lines.values()))
+        write_whole(output / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_report(output, summary, list(lines.values()), setup.tokenizer, setup.profile)
     return summary
+
+
+def _key(row: Line) -> _Key:
+    return row["task"], row["run"], row["id"], row["sample"]
 
 
 def _missing_samples(config: EvaluateConfig, run: Run, question: Question, done: dict[_Key, Line]) -> list[int]:
@@ -126,16 +136,16 @@ def _line(job: _Job, event: Finished) -> Line:
     }
 
 
-class _GradedFile:
-    """samples.jsonl: lines are graded and written by a thread of their own, so that decoding does not wait."""
+class _Graded:
+    """Lines are graded and written by a thread of their own, so that decoding does not wait."""
 
-    def __init__(self, path: Path, grading_seconds: float):
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, writer: RowWriter, grading_seconds: float):
+        self._writer = writer
         self._grader = Grader(grading_seconds)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grading")
         self._futures: deque[Future[None]] = deque()
 
-    def __enter__(self) -> "_GradedFile":
+    def __enter__(self) -> "_Graded":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -145,7 +155,6 @@ class _GradedFile:
         finally:
             self._thread.shutdown(wait=True, cancel_futures=True)
             self._grader.close()
-            self._file.close()
 
     def add(self, line: Line) -> None:
         """Grade the line, which gets its verdict's fields, and append it. Raises what went wrong with one before."""
@@ -155,4 +164,4 @@ class _GradedFile:
 
     def _keep(self, line: Line) -> None:
         line.update(self._grader.grade(line["answer"], line["reference"], line["kind"])._asdict())
-        write_lines(self._file, [line])
+        self._writer.append([line])

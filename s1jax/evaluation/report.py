@@ -1,10 +1,10 @@
 """One self-contained HTML page for an evaluation, and its pictures as files."""
 
 import html
+import io
 import json
 from collections.abc import Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from s1jax.decoding.profiles import ProfileIds, prepare_prompt
 from s1jax.evaluation.charts import accuracy_chart, as_svg, length_chart, wait_chart
 from s1jax.evaluation.summary import Line
+from s1jax.paths import AnyPath, write_whole
 
 _COLUMNS = {
     "run": "run",
@@ -32,13 +33,13 @@ _TRANSCRIPT_FIELDS = (
 
 
 def write_report(
-    output: Path,
+    output: AnyPath,
     summary: dict[str, Any],
     lines: Sequence[Line],
     tokenizer: PreTrainedTokenizerBase,
     profile: ProfileIds,
 ) -> None:
-    """Write report.html, and each picture as .svg and .png, to the directory `output`."""
+    """Write report.html, and each picture as .svg and .png, to the directory `output`. Raises WriteError."""
     sections = []
     for task, figures in summary["tasks"].items():
         lengths: dict[str, list[int]] = {name: [] for name in figures["runs"]}
@@ -66,13 +67,14 @@ def write_report(
     for name, text in parts.items():
         before, _, after = page.partition(f"<!--{name}-->")
         page = before + text + after
-    (output / "report.html").write_text(page, encoding="utf-8")
+    write_whole(output / "report.html", page)
 
 
-def _save(chart: Figure, output: Path, name: str) -> str:
-    svg = as_svg(chart)
-    (output / f"{name}.svg").write_text(svg, encoding="utf-8")
-    chart.savefig(output / f"{name}.png", dpi=150)
+def _save(chart: Figure, output: AnyPath, name: str) -> str:
+    svg, png = as_svg(chart), io.BytesIO()
+    chart.savefig(png, format="png", dpi=150)
+    write_whole(output / f"{name}.svg", svg)
+    write_whole(output / f"{name}.png", png.getvalue())
     return svg
 
 

@@ -1,7 +1,6 @@
 """Problems with known answers: the benchmarks that s1 reports, and files of one's own."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ import numpy as np
 from s1jax.data.sources import read_source
 from s1jax.evaluation.grading import Kind
 from s1jax.jsonl import InputError, Problem, Source, describe, keep_objects
+from s1jax.paths import any_path
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ def load_task(task: str, *, seed: int, limit: int | None) -> list[Question]:
     GPQA's options are shuffled, by `seed`. Raises InputError listing every row that cannot be used.
     """
     hub = TASKS.get(task)
-    if hub is None and not Path(task).is_file():
+    if hub is None and not any_path(task).is_file():
         raise InputError(f"{task}: neither a file nor a known task ({', '.join(TASKS)})")
     source = _read_hub(hub) if hub else read_source(task)
     layout = hub or HubTask(task, "")
-    name = task if hub else Path(task).stem
+    name = task if hub else any_path(task).stem
     rng = np.random.default_rng(seed)
     problems, questions = list(source.problems), []
     for index, (number, row) in enumerate(source.rows):

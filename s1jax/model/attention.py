@@ -15,6 +15,7 @@ from s1jax.config import Implementation
 from s1jax.mesh import LOGICAL_AXES, platform
 from s1jax.model import cpu_kernel
 from s1jax.model.block_attention import BLOCK, block_attention
+from s1jax.model.projection import precision_of
 
 Heads = Float[Array, "batch length heads head_dim"]
 KeyValueHeads = Float[Array, "batch length kv_heads head_dim"]
@@ -64,13 +65,14 @@ def cached_attention(
     if cpu_kernel.available(keys.dtype):
         context = cpu_kernel.attend(grouped.astype(jnp.float32) * head_dim**-0.5, keys, values, last)
         return context.astype(query.dtype).reshape(query.shape)
-    scores = jnp.einsum("bkgd,bksd->bkgs", grouped, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+    product = partial(jnp.einsum, precision=precision_of(query), preferred_element_type=jnp.float32)
+    scores = product("bkgd,bksd->bkgs", grouped, keys) * head_dim**-0.5
     seen = jnp.arange(keys.shape[2]) <= last[:, None, None, None]
     scores = jnp.where(seen, scores, -jnp.inf)
     # Divided by their sum only after the product: one pass less over the scores, which are as long as the cache.
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    context = jnp.einsum("bkgs,bksd->bkgd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    context = product("bkgs,bksd->bkgd", weights.astype(values.dtype), values)
     return (context / total).astype(query.dtype).reshape(query.shape)
 
 
@@ -80,11 +82,12 @@ def _choose(query: Heads, segment_ids: Array | None) -> Implementation:
         return "kernel"
     if length > BLOCK and platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1:
         return "blocks"
-    if length % 128 == 0:
+    # The accelerators' kernels multiply float32 in less than float32.
+    if length % 128 == 0 and query.dtype != jnp.float32:
         on = platform()
         if on == "tpu":
             return "splash"
-        if on in ("gpu", "cuda") and query.dtype != jnp.float32:
+        if on in ("gpu", "cuda"):
             return "cudnn" if segment_ids is None else "triton"
     return "plain" if length <= _SHORT else "chunked"
 
@@ -144,14 +147,15 @@ def _softmax_attention(
     # products of that form only, and is twice as fast as XLA's own.
     grouped = (query * head_dim**-0.5).reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
     stacked = grouped.reshape(batch, kv_heads, -1, head_dim)
-    scores = jnp.einsum("bkqd,bkds->bkqs", stacked, key.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
+    product = partial(jnp.einsum, precision=precision_of(query), preferred_element_type=jnp.float32)
+    scores = product("bkqd,bkds->bkqs", stacked, key.transpose(0, 2, 3, 1))
     scores = scores.reshape(*grouped.shape[:4], -1)
     # A finite mask value, so that a row with no key to see (chunk padding) is not a NaN in the backward pass.
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     weights = weights.astype(value.dtype).reshape(*stacked.shape[:3], -1)
     total = jnp.sum(weights, axis=-1, keepdims=True, dtype=jnp.float32)
-    context = jnp.einsum("bkqs,bksd->bkqd", weights, value.swapaxes(1, 2), preferred_element_type=jnp.float32)
+    context = product("bkqs,bksd->bkqd", weights, value.swapaxes(1, 2))
     context = (context / total).astype(query.dtype).reshape(grouped.shape)
     return context.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 

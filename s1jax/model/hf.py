@@ -9,7 +9,7 @@ import math
 import mmap
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -186,7 +186,8 @@ def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
     memory = np.frombuffer(pages, np.uint8)
     start = -memory.ctypes.data % alignment
     if huge:
-        pages.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _HUGE_PAGE * _HUGE_PAGE)
+        with suppress(OSError):  # Of a kernel that has none.
+            pages.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _HUGE_PAGE * _HUGE_PAGE)
     return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 

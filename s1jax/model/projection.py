@@ -30,10 +30,17 @@ def project(
     return _dot(x, weight.astype(x.dtype), inputs, outputs_first, dtype)
 
 
+def precision_of(x: Array) -> jax.lax.Precision | None:
+    """How products with `x` are computed: float32 is float32, where GPUs would take tf32 and TPUs bfloat16 for it."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
 def _dot(x: Array, weight: Array, inputs: int, outputs_first: bool, dtype: DTypeLike) -> Array:
     of_x = tuple(range(x.ndim - inputs, x.ndim))
     of_weight = tuple(range(weight.ndim - inputs, weight.ndim) if outputs_first else range(inputs))
-    return jax.lax.dot_general(x, weight, ((of_x, of_weight), ((), ())), preferred_element_type=dtype)
+    return jax.lax.dot_general(
+        x, weight, ((of_x, of_weight), ((), ())), precision=precision_of(x), preferred_element_type=dtype
+    )
 
 
 def _product_on_cpu(x: Array, weight: Array, inputs: int, outputs_first: bool) -> Array:
@@ -87,7 +94,7 @@ def _matmul(a: Array, b: Array, *, transpose_a: bool = False, transpose_b: bool 
     if a.dtype == jnp.float32 and cpu_kernel.available(jnp.float32):
         return cpu_kernel.matmul(a, b, transpose_a=transpose_a, transpose_b=transpose_b)
     axes = (((0 if transpose_a else 1,), (1 if transpose_b else 0,)), ((), ()))
-    return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(a, b, axes, precision=precision_of(a), preferred_element_type=jnp.float32)
 
 
 def is_product(primitive: Any, *operands: Any, **parameters: Any) -> bool:

@@ -4,12 +4,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import product
-from pathlib import Path
 
 import jax
 
 from s1jax.config import Remat, TrainConfig
 from s1jax.model.config import QwenConfig
+from s1jax.paths import any_path, write_whole
 from s1jax.planning.hardware import GIB, PlanError, Target, parse_target
 from s1jax.planning.report import assumptions, describe, ranking
 from s1jax.planning.training import TrainingPlan, plan_run, resolve_architecture
@@ -41,7 +41,7 @@ def plan(config: TrainConfig) -> int:
         print("\n" + ranking(plans))
     if config.plan.output:
         content = [{**asdict(p), "fits": p.fits, "peak_bytes": p.peak_bytes} for p in plans]
-        Path(config.plan.output).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_whole(any_path(config.plan.output), json.dumps(content, indent=2) + "\n")
     return 0 if plans[0].fits else DOES_NOT_FIT
 
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from s1jax.decoding.setup import sampling_of
 from s1jax.mesh import batch_shards, make_mesh, named_sharding
 from s1jax.model.load import build_model
 from s1jax.model.qwen import CACHE_AXES, KVCache, LayerCache, Qwen
+from s1jax.paths import any_path, write_whole
 from s1jax.planning.cli import DOES_NOT_FIT
 from s1jax.planning.estimate import Estimate, Memory, estimate, temporaries, usable_bytes
 from s1jax.planning.hardware import GIB, Target, parse_target
@@ -68,7 +68,7 @@ def plan(config: GenerateConfig) -> int:
     print(_describe(result, target))
     if config.plan.output:
         content = {**asdict(result), "fits": result.fits}
-        Path(config.plan.output).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_whole(any_path(config.plan.output), json.dumps(content, indent=2) + "\n")
     return 0 if result.fits else DOES_NOT_FIT
 
 

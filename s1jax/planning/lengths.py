@@ -8,6 +8,7 @@ from jaxtyping import Int
 
 from s1jax.config import TrainConfig
 from s1jax.data.examples import load_examples
+from s1jax.paths import any_path
 from s1jax.planning.hardware import PlanError
 from s1jax.tokenizer import load_tokenizer
 
@@ -23,7 +24,7 @@ def example_lengths(config: TrainConfig) -> tuple[Int[np.ndarray, " examples"], 
     Raises PlanError or InputError if neither is possible.
     """
     block_size = config.data.block_size
-    if Path(config.data.path).is_file() and Path(config.model.path).is_dir():
+    if any_path(config.data.path).is_file() and Path(config.model.path).is_dir():
         tokenizer = load_tokenizer(config.model.path)
         dataset = load_examples(config.data.path, tokenizer, block_size=block_size, overlong=config.data.overlong)
         return np.array([example.input_ids.size for example in dataset.examples]), f"read from {config.data.path}"

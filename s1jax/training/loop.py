@@ -2,38 +2,36 @@
 
 import hashlib
 import importlib.metadata
-import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from threading import Event
-from types import FrameType
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from s1jax.config import Remat, TrainConfig, TrainedModelSection
-from s1jax.config_reader import to_dict
+from s1jax.config_reader import ConfigError, to_dict
 from s1jax.data.examples import Dataset, Example, load_examples
 from s1jax.data.loader import StepLoader
 from s1jax.data.packing import Batch
 from s1jax.device_memory import keep_freed_memory
-from s1jax.mesh import batch_shards, make_mesh, process_row_shard, start_distributed
+from s1jax.mesh import batch_shards, make_mesh, process_row_shard
 from s1jax.model.config import QwenConfig
 from s1jax.model.export import export_model
 from s1jax.model.flops import peak_flops, training_flops
 from s1jax.model.hf import load_params, resolve_model
 from s1jax.model.load import build_model
 from s1jax.model.qwen import Params, Qwen
+from s1jax.paths import free_bytes
+from s1jax.processes import agree_any, same_everywhere, see_same_directory, start_processes, together
 from s1jax.tokenizer import load_tokenizer
 from s1jax.training.checkpoint import Checkpoints
 from s1jax.training.metrics import Tracker, check_trackers, open_trackers, save_provenance
-from s1jax.training.run_directory import RunError, check_config, exclusive
+from s1jax.training.run_directory import RunError, check_config, exclusive, settings
 from s1jax.training.step import (
     StepMetrics,
     TrainState,
@@ -44,9 +42,8 @@ from s1jax.training.step import (
     compile_step,
     init_state,
 )
+from s1jax.training.termination import TERMINATED, Termination
 
-TERMINATED = 143
-"""Exit status after SIGTERM, as the shell reports it for a process that the signal ended."""
 PAD_TOKEN = "<|fim_pad|>"
 
 
@@ -55,15 +52,21 @@ def train(config: TrainConfig) -> int:
 
     Raises ValueError, OSError or RuntimeError with a message for the person who started the run.
     """
-    start_distributed(config.mesh)
+    if config.mesh.copies:
+        raise ConfigError("mesh.copies is for decoding: training has one model over all processes")
+    start_processes(config.mesh)
     if jax.default_backend() == "cpu":
         keep_freed_memory()
     directory = Path(config.training.output_dir)
-    with exclusive(directory):
+    with ExitStack() as stack:
+        together(lambda: stack.enter_context(exclusive(directory)))
+        see_same_directory(directory)
         if (directory / "model").exists():
             print(f"{directory}/model is there: this run is finished")
             return 0
-        return _Run(config, directory).execute()
+        run = together(lambda: _Run(config, directory))
+        run.agree()
+        return run.execute()
 
 
 def training_model(config: TrainConfig, architecture: QwenConfig) -> Qwen:
@@ -111,7 +114,7 @@ class _Run:
 
     def __init__(self, config: TrainConfig, directory: Path):
         self.config, self.directory = config, directory
-        check_trackers(config.logging)
+        check_trackers(config.logging, directory)
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         self.source = resolve_model(config.model.path)
         self.model = training_model(config, QwenConfig.from_directory(self.source))
@@ -131,9 +134,19 @@ class _Run:
         self.loader = self._loader(dataset.examples)
         self.total_steps = min(len(self.loader), config.training.max_steps or len(self.loader))
         self._compiled: dict[Remat, TrainStep] = {}
-        check_config(directory, config, _fingerprint(dataset.examples))
+        self._dataset, self._fingerprint = dataset, _fingerprint(dataset.examples)
+
+    def agree(self) -> None:
+        """Check that all processes are one run, and that it may go on in its directory; say what it is.
+
+        Raises ProcessError or RunError.
+        """
+        facts = {**settings(self.config), "data fingerprint": self._fingerprint, **_versions()}
+        # Each has its own number, and not every host a copy of the repository.
+        same_everywhere({key: str(facts[key]) for key in facts.keys() - {"mesh.process_id", "commit"}})
+        together(lambda: check_config(self.directory, self.config, self._fingerprint))
         if jax.process_index() == 0:
-            self._describe(dataset)
+            self._describe(self._dataset)
 
     def _loader(self, examples: list[Example], evaluation: bool = False) -> StepLoader:
         return step_loader(
@@ -144,17 +157,29 @@ class _Run:
         print(dataset.summary)
         print(f"padding: {self.loader.padding_share:.1%} of all positions")
         shapes = ", ".join(f"{rows} x {length} ({n} steps)" for (rows, length), n in sorted(self.loader.shapes.items()))
-        print(f"{self.total_steps} steps; rows x length, one compilation each: {shapes}", flush=True)
+        print(f"{self.total_steps} steps; rows x length, one compilation each: {shapes}")
+        print(self._storage(), flush=True)
         save_provenance(self.directory / "provenance.json", to_dict(self.config), _versions())
+
+    def _storage(self) -> str:
+        """What checkpoints take, where they go, and how often one is written."""
+        state = abstract_state(self.model, self.config.optimizer, self.mesh)
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / 1e9
+        section, free = self.config.checkpoint, free_bytes(self.directory)
+        room = "" if free is None else f", {free / 1e9:,.1f} GB are free there"
+        return (
+            f"a checkpoint every {section.every_steps} steps: {size:,.3f} GB each, {section.keep} kept and one being "
+            f"written{room}"
+        )
 
     def execute(self) -> int:
         checkpoints = Checkpoints(
             self.directory / "checkpoints", self.directory / "damaged-checkpoints", self.config.checkpoint.keep
         )
-        with jax.set_mesh(self.mesh), _termination() as terminated:
+        with jax.set_mesh(self.mesh), Termination() as termination:
             state = self._start(checkpoints)
             trackers = self._trackers(int(state.step))
-            state = self._steps(state, checkpoints, trackers, terminated)
+            state = self._steps(state, checkpoints, trackers, termination)
             for tracker in trackers:
                 tracker.close()
             checkpoints.close()
@@ -190,7 +215,7 @@ class _Run:
         return open_trackers(self.config.logging, self.directory, to_dict(self.config), first_step, self.total_steps)
 
     def _steps(
-        self, state: TrainState, checkpoints: Checkpoints, trackers: list[Tracker], terminated: Event
+        self, state: TrainState, checkpoints: Checkpoints, trackers: list[Tracker], termination: Termination
     ) -> TrainState:
         """Take steps until all are taken or the run is told to end; the state returned has been saved."""
         training, every = self.config.training, self.config.checkpoint.every_steps
@@ -212,8 +237,11 @@ class _Run:
                     f"loss or gradients were not finite for {bad_steps} steps in a row, up to step {step}: stopped. "
                     f"The last checkpoint is that of step {checkpoints.latest_step()}"
                 )
-            stop = _agreed(terminated.is_set())
+            termination.alive()
+            stop = agree_any(termination.requested)
             checkpoints.poll()
+            if stop:
+                termination.saving()
             if step % every == 0 or step == self.total_steps or stop:
                 checkpoints.save(state, self.loader.get_state())
             if stop:
@@ -267,28 +295,6 @@ class _Run:
             total += share * float(evaluate(params, self._to_devices(batch)))
             weight += share
         return total / weight
-
-
-def _agreed(flag: bool) -> bool:
-    """Whether the flag is set in any process, the same answer in all."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
-
-
-@contextmanager
-def _termination() -> Iterator[Event]:
-    """An event that SIGTERM sets, instead of ending the process."""
-    event = Event()
-
-    def set_event(signum: int, frame: FrameType | None) -> None:
-        event.set()
-
-    previous = signal.signal(signal.SIGTERM, set_event)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _fingerprint(examples: list[Example]) -> str:

@@ -2,14 +2,16 @@
 
 import json
 import secrets
+import tempfile
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from tqdm import tqdm
 
 from s1jax.config import LoggingSection
-from s1jax.jsonl import resume_jsonl, write_lines
+from s1jax.config_reader import ConfigError
+from s1jax.jsonl import RowWriter, merge_parts, replace_rows, written_rows
+from s1jax.paths import AnyPath, BucketPath, write_whole
 
 
 @runtime_checkable
@@ -26,22 +28,20 @@ class Tracker(Protocol):
 class MetricsFile:
     """metrics.jsonl, one line a step; on resume the lines after the restored step are taken back."""
 
-    def __init__(self, path: Path, first_step: int):
+    def __init__(self, path: AnyPath, first_step: int):
         """Keep the lines of an earlier run up to `first_step`."""
-        kept = [row for row in resume_jsonl(path) if row["step"] <= first_step]
-        partial = path.with_suffix(".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            write_lines(file, kept)
-        partial.rename(path)
-        self._file = path.open("a", encoding="utf-8")
+        kept = {row["step"]: row for row in written_rows(path) if row["step"] <= first_step}
+        replace_rows(path, kept.values())
+        self._path, self._writer = path, RowWriter(path)
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
-        """Append a line; it has reached the operating system when this returns."""
-        write_lines(self._file, [{"step": step, **numbers}])
+        """Append a line, as `RowWriter` does."""
+        self._writer.append([{"step": step, **numbers}])
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Make one file of it."""
+        self._writer.close()
+        merge_parts(self._path, key=lambda row: row["step"], order=lambda row: row["step"])
 
 
 class LiveLine:
@@ -67,7 +67,7 @@ class LiveLine:
 class TensorBoard:
     """TensorBoard event files."""
 
-    def __init__(self, directory: Path, first_step: int):
+    def __init__(self, directory: AnyPath, first_step: int):
         """Write to `directory`; TensorBoard hides what an earlier run wrote after `first_step`."""
         from tensorboardX import SummaryWriter
 
@@ -86,15 +86,16 @@ class TensorBoard:
 class WeightsAndBiases:
     """A Weights & Biases run that goes on under the same id after a restart."""
 
-    def __init__(self, project: str, directory: Path, config: dict[str, Any]):
-        """Start or continue the run whose id is kept in `directory`."""
+    def __init__(self, project: str, directory: AnyPath, config: dict[str, Any]):
+        """Start or continue the run whose id is kept in `directory`; wandb's own files go there too, if it is local."""
         import wandb
 
         id_file = directory / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(secrets.token_hex(8), encoding="utf-8")
+            write_whole(id_file, secrets.token_hex(8))
+        local = tempfile.mkdtemp(prefix="wandb-") if isinstance(directory, BucketPath) else directory
         self._run = wandb.init(
-            project=project, id=id_file.read_text(encoding="utf-8"), resume="allow", dir=directory, config=config
+            project=project, id=id_file.read_text(encoding="utf-8"), resume="allow", dir=local, config=config
         )
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
@@ -106,8 +107,16 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def check_trackers(section: LoggingSection) -> None:
-    """Raise ModuleNotFoundError, saying what to install, if a tracker's package is not there."""
+def check_trackers(section: LoggingSection, directory: AnyPath) -> None:
+    """Raise ModuleNotFoundError, saying what to install, if a tracker's package is not there.
+
+    Raises ConfigError if one cannot write to a bucket.
+    """
+    if section.tensorboard and isinstance(directory, BucketPath):
+        raise ConfigError(
+            f"logging.tensorboard: event files are not written to {directory}: metrics.jsonl and "
+            "logging.wandb_project are; or choose a local training.output_dir"
+        )
     wanted = {"tensorboardX": section.tensorboard, "wandb": section.wandb_project}
     missing = [package for package, setting in wanted.items() if setting and find_spec(package) is None]
     if missing:
@@ -115,7 +124,7 @@ def check_trackers(section: LoggingSection) -> None:
 
 
 def open_trackers(
-    section: LoggingSection, directory: Path, config: dict[str, Any], first_step: int, total_steps: int
+    section: LoggingSection, directory: AnyPath, config: dict[str, Any], first_step: int, total_steps: int
 ) -> list[Tracker]:
     """The trackers of a run that goes on after `first_step`."""
     trackers: list[Tracker] = [MetricsFile(directory / "metrics.jsonl", first_step), LiveLine(first_step, total_steps)]
@@ -126,6 +135,6 @@ def open_trackers(
     return trackers
 
 
-def save_provenance(path: Path, config: dict[str, Any], versions: dict[str, str]) -> None:
+def save_provenance(path: AnyPath, config: dict[str, Any], versions: dict[str, str]) -> None:
     """Write down what the run was made with."""
-    path.write_text(json.dumps({"config": config, "versions": versions}, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps({"config": config, "versions": versions}, indent=2) + "\n")

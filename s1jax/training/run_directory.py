@@ -1,9 +1,8 @@
 """The output directory of a run: who may write to it, and whether a run may go on in it."""
 
-import fcntl
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 
 from s1jax.config import TrainConfig
 from s1jax.config_reader import to_dict
+from s1jax.locks import exclusive_directory
 
 
 class RunError(RuntimeError):
@@ -32,19 +32,11 @@ _HARMLESS = (
 
 @contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
-    """Hold the directory against a second run; the operating system lets go when the process ends, however it ends.
+    """Hold the directory against a second run, until the process ends, however it ends.
 
-    Raises RunError if another run holds it.
+    Raises InUseError if another run holds it.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("a") as file:
-        if jax.process_index() == 0:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(
-                    f"{directory}: another run is writing here; wait for it or set training.output_dir"
-                ) from None
+    with exclusive_directory(directory) if jax.process_index() == 0 else nullcontext():
         yield
 
 
@@ -54,7 +46,7 @@ def check_config(directory: Path, config: TrainConfig, fingerprint: str) -> None
     Differences are printed. Raises RunError if one changes the training and `training.force` is not set.
     """
     path = directory / "config.json"
-    current = {**_flat(to_dict(config)), "data fingerprint": fingerprint}
+    current = {**settings(config), "data fingerprint": fingerprint}
     if path.is_file():
         started = json.loads(path.read_text(encoding="utf-8"))
         changed = [key for key in sorted({*started, *current}) if started.get(key) != current.get(key)]
@@ -70,6 +62,11 @@ def check_config(directory: Path, config: TrainConfig, fingerprint: str) -> None
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(current, indent=2) + "\n", encoding="utf-8")
         partial.rename(path)
+
+
+def settings(config: TrainConfig) -> dict[str, Any]:
+    """Every key of a configuration under its dotted name."""
+    return _flat(to_dict(config))
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -65,5 +65,6 @@ def test_a_full_disk_leaves_earlier_work_as_it_was(tmp_path: Path) -> None:
         before = {file.name: file.read_bytes() for file in run.iterdir()}
         full = curate("collect", f"output_dir={run}", f"sources.s.path={many}")
         assert full.returncode == 1
-        assert full.stderr == f"error: {run / 'questions.jsonl'}: No space left on device\n"
+        what = "No space left on device; it is as it was before"
+        assert full.stderr == f"error: {run / 'questions.jsonl'}: {what}\n"
         assert {file.name: file.read_bytes() for file in run.iterdir()} == before

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from s1jax.curation.distill import distill
 from s1jax.curation.endpoint import EndpointError
 from s1jax.curation.sections import DistillSection
 from s1jax.jsonl import InputError
+from s1jax.paths import WriteError
 from tests.curation.conftest import KEY, endpoint, rows, write_questions
 from tests.curation.conftest import settings as section_words
 from tests.curation.server import FATAL, FINAL, RUBBISH, TRANSIENT, Server, serving
@@ -161,12 +163,14 @@ def test_two_runs_at_once_do_not_ask_twice(tmp_path: Path) -> None:
     with serving() as server:
         server.delay = 0.5
         output = write_questions(tmp_path, NAMES)
-        process = run_distill(output, server)
-        wait_until(lambda: bool(server.asked), [process])
-        with pytest.raises(InputError, match="another run is writing it"):
-            distill(teacher(server), output)
-        process.communicate()
-        assert process.returncode == 0
+        endpoint = [f"distill.endpoint.{key}={value}" for key, value in section_words(server, concurrency=1).items()]
+        command = [sys.executable, "-m", "s1jax.curate", "distill", f"output_dir={output}", "sources.s.path=none"]
+        first = subprocess.Popen([*command, *endpoint], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        wait_until(lambda: bool(server.asked), [first])
+        second = subprocess.run([*command, *endpoint], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert second.returncode == 1
+        assert second.stderr.startswith(f"error: {output}: another run is writing here")
+        assert first.wait(timeout=60) == 0
         assert server.asked == dict.fromkeys(NAMES, 1)
 
 
@@ -261,18 +265,18 @@ def test_a_full_disk_leaves_earlier_answers_intact(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "300k") as disk, serving(reply=long_answer) as server:
         output = write_questions(disk / "run", names)
         (disk / "filler").write_bytes(b"-" * 200_000)
-        with pytest.raises(InputError) as error:
+        with pytest.raises(WriteError) as error:
             distill(teacher(server, concurrency=1), output)
-        assert str(error.value) == f"{output}/responses.jsonl: No space left on device; the answers in it are intact"
+        assert str(error.value) == f"{output}/responses.jsonl: No space left on device; the lines before are intact"
         kept = [row["id"] for row in rows(output / "responses.jsonl")]
         assert len(kept) > 3
-        with pytest.raises(InputError, match="No space left on device"):
+        with pytest.raises(WriteError, match="No space left on device"):
             distill(teacher(server, concurrency=1), output)
         assert [row["id"] for row in rows(output / "responses.jsonl")][: len(kept)] == kept
         (disk / "filler").unlink()
-        with pytest.raises(InputError, match=r"traces\.jsonl: No space left on device"):
+        with pytest.raises(WriteError, match=r"traces\.jsonl: No space left on device"):
             distill(teacher(server), output)
-        assert not list(output.glob("*.partial"))
+        assert not list(output.glob(".*.partial"))
         subprocess.run(["mount", "-o", "remount,size=2m", disk], check=True)
         asked = server.asked.copy()
         assert distill(teacher(server), output)["done"] == 30
@@ -293,7 +297,7 @@ def test_the_key_is_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         output = write_questions(tmp_path / "run", names)
         first = run_distill(output, server)
         wait_until(lambda: bool(server.asked), [first])
-        title = Path(f"/proc/{first.pid}/cmdline").read_bytes()
+        title = " ".join(psutil.Process(first.pid).cmdline()).encode()
         said = [*first.communicate()]
         assert first.returncode == 0
         for fault in FATAL:

@@ -1,6 +1,7 @@
 """Checkpoints in and out: nothing lost, nothing half written, and every problem named."""
 
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -52,6 +53,17 @@ def test_import_export_import_is_bit_identical(config: dict, dtype: str, tmp_pat
     for name, tensor in first.items():
         assert tensor.dtype == jnp.dtype(dtype)
         assert tensor.tobytes() == second[name].tobytes()
+
+
+def test_a_kernel_without_huge_pages_reads_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Qwen(QwenConfig.from_hf({**QWEN2, "vocab_size": 2**15}), dtype=jnp.float32)
+    params = random_params(model)
+    export_model(tmp_path / "model", model, params)
+    # What no kernel knows is refused as huge pages are.
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 9999, raising=False)
+    found = read(tmp_path / "model")[1]["embedding"]
+    assert found.nbytes >= 2**21
+    np.testing.assert_array_equal(found, params["embedding"])
 
 
 def test_transformers_loads_a_sharded_export_without_a_key_missing(tmp_path: Path) -> None:

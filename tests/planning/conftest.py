@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ COMPILERS = Path(sys.prefix) / "compilers"
 
 def run(*words: str, compilers: bool = True) -> subprocess.CompletedProcess[str]:
     """A plan made by a process of its own; without compilers it finds none to make it with."""
+    if compilers and (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        pytest.skip("XLA's compilers for GPU and TPU are for Linux on x86-64")
     if compilers and not COMPILERS.is_dir():
         pytest.fail(f"{COMPILERS}: not there; `make compilers` installs it, as `make test` does first")
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(COMPILERS) if compilers else ""}

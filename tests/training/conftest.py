@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -60,8 +60,8 @@ def command(model: Path, traces: Path) -> Command:
     return words
 
 
-def start(words: list[str], devices: int = 1) -> "subprocess.Popen[str]":
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+def start(words: list[str], devices: int = 1, variables: Mapping[str, str] | None = None) -> "subprocess.Popen[str]":
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", **(variables or {})}
     return subprocess.Popen(
         words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

@@ -25,6 +25,6 @@ def serve(actions: dict[str, Callable[..., Any]]) -> None:
         started = time.perf_counter()
         result = action(**arguments)
         seconds = time.perf_counter() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         answers.write(json.dumps({"seconds": seconds, "peak_bytes": peak, "result": result}) + "\n")
         answers.flush()
