@@ -121,7 +121,13 @@ class TrainingSection:
 class CheckpointSection:
     """Where a run can be resumed from."""
 
-    every_steps: Positive = Field(default=100, description="steps between checkpoints; the last step has one too")
+    every_steps: Positive | None = Field(
+        default=100,
+        description="steps between checkpoints; null: none by steps. The last step has none: model/ follows",
+    )
+    every_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="minutes between checkpoints, beside those of every_steps; null: none by the clock"
+    )
     keep: Positive = Field(default=2, description="checkpoints kept, the newest ones")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import fsspec
+import fsspec.config
 
 BUCKET_SCHEMES = ("gs", "s3")
 _TIMEOUT_SECONDS = 60
@@ -189,9 +190,13 @@ class BucketPath:
     def checksum(self) -> str:
         """What the store says of the object's content: its size and a digest, made when it was written."""
         with self._errors():
-            info = self._system.info(str(self._key))
-        digest = info.get("md5Hash") or info.get("crc32c") or info.get("ETag")
-        return f"{info['size']} {digest}"
+            return _checksum(self._system.info(str(self._key)))
+
+    def checksums_below(self) -> dict[str, str]:
+        """`checksum` of every object below this name, by the rest of its name."""
+        with self._errors():
+            found = self._system.find(str(self._key), detail=True)
+        return {str(PurePosixPath(name).relative_to(self._key)): _checksum(info) for name, info in found.items()}
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove the object."""
@@ -206,6 +211,11 @@ class BucketPath:
         """Remove every object below this name."""
         with self._errors(), contextlib.suppress(FileNotFoundError):
             self._system.rm(str(self._key), recursive=True)
+
+    def move_below(self, target: "BucketPath") -> None:
+        """Give every object below this name one below `target`, in the same store: the store copies each."""
+        with self._errors():
+            self._system.mv(str(self._key), str(target._key), recursive=True)
 
     @property
     def _system(self) -> Any:
@@ -324,22 +334,46 @@ def remove_tree(path: AnyPath) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def move_tree(source: AnyPath, target: AnyPath) -> None:
+    """Put a directory in the place of another of the same disk or store. Raises OSError."""
+    remove_tree(target)
+    if isinstance(source, BucketPath):
+        assert isinstance(target, BucketPath)
+        source.move_below(target)
+    else:
+        assert isinstance(target, Path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(target)
+
+
 def free_bytes(path: AnyPath) -> int | None:
     """Room on the disk of a directory that exists; None for a bucket, which has no bound."""
     return None if isinstance(path, BucketPath) else shutil.disk_usage(path).free
 
 
-@lru_cache
+def _settle(scheme: str, options: dict[str, Any]) -> None:
+    """Make these fsspec's defaults, which orbax finds too; what a person's own configuration of fsspec says wins."""
+    fsspec.config.conf[scheme] = {**options, **fsspec.config.conf.get(scheme, {})}
+
+
+_settle("gs", {"use_listings_cache": False, "requests_timeout": _TIMEOUT_SECONDS})
+_settle(
+    "s3",
+    {
+        "use_listings_cache": False,
+        "config_kwargs": {
+            "retries": {"max_attempts": _ATTEMPTS, "mode": "standard"},
+            "connect_timeout": 10,
+            "read_timeout": _TIMEOUT_SECONDS,
+        },
+    },
+)
+
+
 def _file_system(scheme: str) -> Any:
     """The library's side of a scheme. Raises PathError if it is not installed."""
-    options: dict[str, Any] = {"use_listings_cache": False}
-    if scheme == "s3":
-        retries = {"max_attempts": _ATTEMPTS, "mode": "standard"}
-        options["config_kwargs"] = {"retries": retries, "connect_timeout": 10, "read_timeout": _TIMEOUT_SECONDS}
-    else:
-        options["requests_timeout"] = _TIMEOUT_SECONDS
     try:
-        return fsspec.filesystem(scheme, **options)
+        return fsspec.filesystem(scheme)
     except ImportError as error:
         raise PathError(f"{scheme}:// needs {error.name}: pip install '.[buckets]'") from None
 
@@ -359,6 +393,11 @@ def _library_errors() -> tuple[type[BaseException], ...]:
 
         errors += [botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError]
     return tuple(errors)
+
+
+def _checksum(info: dict[str, Any]) -> str:
+    """Size and digest, as a store tells them of an object."""
+    return f"{info['size']} {info.get('md5Hash') or info.get('crc32c') or info.get('ETag')}"
 
 
 def _code(error: Exception) -> str:

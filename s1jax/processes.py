@@ -6,7 +6,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -91,7 +91,15 @@ def start_processes(section: MeshSection, environment: Environment | None = None
 
 def agree_any(flag: bool) -> bool:
     """Whether the flag is set in any process, the same answer in all."""
-    return flag if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+    return agree_each([flag])[0]
+
+
+def agree_each(flags: Sequence[bool]) -> list[bool]:
+    """Of each flag, whether it is set in any process, the same answer in all."""
+    if jax.process_count() == 1:
+        return list(flags)
+    gathered = multihost_utils.process_allgather(np.array(flags))
+    return [bool(flag) for flag in np.any(gathered, axis=0)]
 
 
 def agree_all(flag: bool) -> bool:

@@ -1,22 +1,26 @@
-"""Checkpoints that are either whole or not there, and that say so when a disk has damaged them.
+"""Checkpoints that are either whole or not there, and that say so when a disk or a store has damaged them.
 
-Orbax writes them (asynchronously, sharded, under a temporary name until complete); beside each lies a manifest of its
-files' SHA-256, because a flipped byte in an array restores without an error.
+Orbax keeps the newest ones and has them written in the background, under a temporary name or without its commit file
+until all processes have written theirs, the manifests of `checkpoint_files` included.
 """
 
-import hashlib
-import json
-import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+import logging
+import time
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from s1jax.config import CheckpointSection
+from s1jax.paths import AnyPath, BucketPath, move_tree
+from s1jax.processes import agree_any, together
+from s1jax.training.checkpoint_files import ITEM, Contents, StateRestore, StateSave, damage
 from s1jax.training.step import TrainState
+
+# Every error reaches `SaveError` or is raised; orbax also logs each in each thread that it ends, with its traceback.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class SaveError(RuntimeError):
@@ -34,20 +38,42 @@ class Restored(NamedTuple):
     loader: dict[str, Any]
 
 
+class Cadence:
+    """When checkpoints are due: after so many steps, and when so much time has passed since the last one."""
+
+    def __init__(self, section: CheckpointSection):
+        """Begin to count the time."""
+        self._section = section
+        self._last = time.monotonic()
+
+    def __str__(self) -> str:
+        steps, minutes = self._section.every_steps, self._section.every_minutes
+        by_steps = [] if steps is None else [f"every {steps} steps"]
+        by_clock = [] if minutes is None else [f"every {minutes:g} minutes"]
+        return "a checkpoint " + (" and ".join(by_steps + by_clock) or "only when the run is told to end")
+
+    def due(self, step: int) -> bool:
+        """Whether one is to be saved after this step."""
+        steps, minutes = self._section.every_steps, self._section.every_minutes
+        by_clock = minutes is not None and time.monotonic() - self._last >= 60 * minutes
+        return by_clock or (steps is not None and step % steps == 0)
+
+    def saved(self) -> None:
+        """Count the time anew."""
+        self._last = time.monotonic()
+
+
 class Checkpoints:
     """The checkpoints of one run; every process of the run calls every method."""
 
-    def __init__(self, directory: Path, damaged: Path, keep: int):
-        """Keep the newest `keep` checkpoints in `directory`; damaged ones are moved to `damaged`."""
-        self._directory, self._damaged = directory.resolve(), damaged.resolve()
-        self._manager = self._open(keep)
-        self._keep = keep
-        self._sealer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._sealing: tuple[int, Future[None]] | None = None
+    def __init__(self, directory: AnyPath, damaged: AnyPath, keep: int):
+        """Keep the newest `keep` checkpoints in `directory`; damaged ones are moved to `damaged`.
 
-    def _open(self, keep: int) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
-        return ocp.CheckpointManager(self._directory, options=options)
+        What an earlier run has not finished writing is removed.
+        """
+        self._directory, self._damaged = directory.resolve(), damaged.resolve()
+        self._manager = _manager(self._directory, keep)
+        self._saving: int | None = None
 
     def latest_step(self) -> int | None:
         """The newest checkpoint's step, if there is one."""
@@ -59,35 +85,32 @@ class Checkpoints:
         Raises SaveError if this checkpoint or the one before it failed.
         """
         self.wait()
-        step = int(state.step)
+        self._saving = int(state.step)
         try:
-            arguments = ocp.args.Composite(
-                state=ocp.args.StandardSave(_as_dict(state)), loader=ocp.args.JsonSave(loader)
-            )
-            self._manager.save(step, args=arguments, force=True)
+            contents = StateSave(Contents(_as_dict(state), loader))
+            self._manager.save(self._saving, args=contents, force=True)
         except Exception as error:
-            raise self._failed(step, error) from error
-        self._sealing = step, self._sealer.submit(self._seal, step)
+            raise self._failed(error) from error
 
     def wait(self) -> None:
-        """Wait until everything saved is on disk. Raises SaveError if it failed."""
-        if self._sealing is None:
-            return
-        (step, future), self._sealing = self._sealing, None
+        """Wait until everything saved is there. Raises SaveError if it failed."""
         try:
-            future.result()
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
         except Exception as error:
-            raise self._failed(step, error) from error
+            raise self._failed(error) from error
+        self._saving = None
 
     def poll(self) -> None:
         """Raise SaveError if the checkpoint being written has failed; does not wait."""
-        if self._sealing and self._sealing[1].done():
-            self.wait()
+        try:
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._failed(error) from error
 
     def close(self) -> None:
         """Wait for the last checkpoint and release threads. Raises SaveError if it failed."""
         self.wait()
-        self._sealer.shutdown(wait=True)
         self._manager.close()
 
     def restore(self, abstract: TrainState) -> Restored | None:
@@ -97,16 +120,11 @@ class Checkpoints:
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
-            damage = self._changed_files(step)
-            if not _anywhere(bool(damage)):
-                sealed = _everywhere(self._manifest(step).is_file())
-                try:
-                    return self._read(step, abstract)
-                except Exception as error:
-                    if sealed:
-                        raise
-                    damage = [str(error).splitlines()[0]]
-            self._set_aside(step, damage)
+            directory = self._directory / str(step) / ITEM
+            damaged = together(partial(damage, directory))
+            if not agree_any(bool(damaged)):
+                return self._read(step, abstract)
+            self._set_aside(step, damaged)
         if steps:
             raise DamagedCheckpointsError(
                 f"all checkpoints in {self._directory} were damaged and moved to {self._damaged}: "
@@ -115,68 +133,49 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, abstract: TrainState) -> Restored:
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardRestore(_as_dict(abstract)), loader=ocp.args.JsonRestore()
+        wanted = _as_dict(abstract)
+        arrays, loader = self._manager.restore(step, args=StateRestore(wanted))
+        leaves = [arrays[name] for name in wanted]
+        return Restored(jax.tree.unflatten(jax.tree.structure(abstract), leaves), loader)
+
+    def _failed(self, error: BaseException) -> SaveError:
+        reason = (str(error) or repr(error)).splitlines()[0].partition(" [source locations=")[0]
+        try:
+            whole = [int(p.name) for p in self._directory.iterdir() if p.name.isdecimal()]
+            whole = [step for step in whole if step != self._saving]
+            last = f"step {max(whole)} is intact" if whole else "there is no earlier one"
+        except OSError:
+            last = "the earlier ones cannot be looked at"
+        return SaveError(
+            f"checkpoint of step {self._saving} could not be written to {self._directory} ({last}): {reason}"
         )
-        restored = self._manager.restore(step, args=arguments)
-        leaves = [restored["state"][name] for name in _as_dict(abstract)]
-        return Restored(jax.tree.unflatten(jax.tree.structure(abstract), leaves), restored["loader"])
 
-    def _failed(self, step: int, error: BaseException) -> SaveError:
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        whole = [s for s in self._open(self._keep).all_steps() if s != step]
-        last = f"step {max(whole)} is intact" if whole else "there is no earlier one"
-        return SaveError(f"checkpoint of step {step} could not be written to {self._directory} ({last}): {reason}")
-
-    def _seal(self, step: int) -> None:
-        """When the checkpoint is complete, write down what its files are; processes share the files among them."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
-        self._manifest(step).write_text(json.dumps(self._digests(step)), encoding="utf-8")
-
-    def _manifest(self, step: int) -> Path:
-        return self._directory / str(step) / f"manifest.{jax.process_index()}.json"
-
-    def _files(self, step: int) -> list[Path]:
-        root = self._directory / str(step)
-        return sorted(p for p in root.rglob("*") if p.is_file() and not p.name.startswith("manifest."))
-
-    def _digests(self, step: int) -> dict[str, str]:
-        digests = {}
-        for path in self._files(step)[jax.process_index() :: jax.process_count()]:
-            with path.open("rb") as file:
-                digests[str(path.relative_to(self._directory))] = hashlib.file_digest(file, "sha256").hexdigest()
-        return digests
-
-    def _changed_files(self, step: int) -> list[str]:
-        """Files that are not what some manifest says; a checkpoint whose run ended before it was sealed has none."""
-        changed = []
-        manifests = sorted((self._directory / str(step)).glob("manifest.*.json"))
-        for manifest in manifests[jax.process_index() :: jax.process_count()]:
-            try:
-                digests = json.loads(manifest.read_text(encoding="utf-8"))
-            except ValueError:
-                continue  # Cut short by the end of the run: as good as none.
-            for name, digest in digests.items():
-                path = self._directory / name
-                if not path.is_file():
-                    changed.append(f"{name} is gone")
-                    continue
-                with path.open("rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                        changed.append(f"{name} has changed")
-        return changed
-
-    def _set_aside(self, step: int, damage: list[str]) -> None:
+    def _set_aside(self, step: int, damaged: list[str]) -> None:
         target = self._damaged / str(step)
         if jax.process_index() == 0:
-            self._damaged.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(target, ignore_errors=True)
-            (self._directory / str(step)).rename(target)
+            move_tree(self._directory / str(step), target)
         multihost_utils.sync_global_devices(f"set aside {step}")
         self._manager.reload()
-        listed = "; ".join(damage[:3]) or "another process found it so"
+        listed = "; ".join(damaged[:3]) or "another process found it so"
         print(f"checkpoint {step} is damaged ({listed}); moved to {target}", flush=True)
+
+
+def _manager(directory: AnyPath, keep: int) -> ocp.CheckpointManager:
+    mode = ocp.options.AtomicityMode
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        # A bucket's names need no folder, and orbax's libraries would make the bucket too.
+        create=not isinstance(directory, BucketPath),
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
+        # So that a store which refuses is noticed at once, not after the five minutes that others wait for a signal.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        # Orbax by itself knows of gs:// alone that renaming is copying.
+        atomicity_options=ocp.options.AtomicityOptions(
+            mode=mode.COMMIT_FILE if isinstance(directory, BucketPath) else mode.ATOMIC_RENAME
+        ),
+    )
+    return ocp.CheckpointManager(str(directory), options=options)
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
@@ -184,13 +183,3 @@ def _as_dict(state: TrainState) -> dict[str, Any]:
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in jax.tree.leaves_with_path(state)
     }
-
-
-def _anywhere(flag: bool) -> bool:
-    """Whether the flag is set in any process."""
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
-
-
-def _everywhere(flag: bool) -> bool:
-    """Whether the flag is set in all processes."""
-    return bool(np.all(multihost_utils.process_allgather(np.array(flag))))

@@ -21,15 +21,15 @@ from s1jax.data.packing import Batch
 from s1jax.device_memory import keep_freed_memory
 from s1jax.mesh import batch_shards, make_mesh, process_row_shard
 from s1jax.model.config import QwenConfig
-from s1jax.model.export import export_model
+from s1jax.model.export import export_model, is_exported
 from s1jax.model.flops import peak_flops, training_flops
 from s1jax.model.hf import load_params, resolve_model
 from s1jax.model.load import build_model
 from s1jax.model.qwen import Params, Qwen
-from s1jax.paths import free_bytes
-from s1jax.processes import agree_any, same_everywhere, see_same_directory, start_processes, together
+from s1jax.paths import AnyPath, any_path, free_bytes
+from s1jax.processes import agree_each, same_everywhere, see_same_directory, start_processes, together
 from s1jax.tokenizer import load_tokenizer
-from s1jax.training.checkpoint import Checkpoints
+from s1jax.training.checkpoint import Cadence, Checkpoints
 from s1jax.training.metrics import Tracker, check_trackers, open_trackers, save_provenance
 from s1jax.training.run_directory import RunError, check_config, exclusive, settings
 from s1jax.training.step import (
@@ -57,11 +57,11 @@ def train(config: TrainConfig) -> int:
     start_processes(config.mesh)
     if jax.default_backend() == "cpu":
         keep_freed_memory()
-    directory = Path(config.training.output_dir)
+    directory = any_path(config.training.output_dir)
     with ExitStack() as stack:
         together(lambda: stack.enter_context(exclusive(directory)))
         see_same_directory(directory)
-        if (directory / "model").exists():
+        if is_exported(directory / "model"):
             print(f"{directory}/model is there: this run is finished")
             return 0
         run = together(lambda: _Run(config, directory))
@@ -112,7 +112,7 @@ def step_loader(
 class _Run:
     """One process's part of a training run."""
 
-    def __init__(self, config: TrainConfig, directory: Path):
+    def __init__(self, config: TrainConfig, directory: AnyPath):
         self.config, self.directory = config, directory
         check_trackers(config.logging, directory)
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -167,10 +167,7 @@ class _Run:
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / 1e9
         section, free = self.config.checkpoint, free_bytes(self.directory)
         room = "" if free is None else f", {free / 1e9:,.1f} GB are free there"
-        return (
-            f"a checkpoint every {section.every_steps} steps: {size:,.3f} GB each, {section.keep} kept and one being "
-            f"written{room}"
-        )
+        return f"{Cadence(section)}: {size:,.3f} GB each, {section.keep} kept and one being written{room}"
 
     def execute(self) -> int:
         checkpoints = Checkpoints(
@@ -185,6 +182,7 @@ class _Run:
             checkpoints.close()
             finished = int(state.step) == self.total_steps
             if finished:
+                termination.saving()
                 self._export(state)
         if jax.process_index() == 0:
             if finished:
@@ -217,8 +215,8 @@ class _Run:
     def _steps(
         self, state: TrainState, checkpoints: Checkpoints, trackers: list[Tracker], termination: Termination
     ) -> TrainState:
-        """Take steps until all are taken or the run is told to end; the state returned has been saved."""
-        training, every = self.config.training, self.config.checkpoint.every_steps
+        """Take steps until all are taken, or the run is told to end and has been saved."""
+        training, cadence = self.config.training, Cadence(self.config.checkpoint)
         evaluate = compile_loss(self.model, self.mesh) if self.eval_loader else None
         bad_steps = 0
         for step in range(int(state.step) + 1, self.total_steps + 1):
@@ -238,12 +236,15 @@ class _Run:
                     f"The last checkpoint is that of step {checkpoints.latest_step()}"
                 )
             termination.alive()
-            stop = agree_any(termination.requested)
+            # By the first process's clock: the others' may differ.
+            stop, due = agree_each([termination.requested, jax.process_index() == 0 and cadence.due(step)])
             checkpoints.poll()
             if stop:
                 termination.saving()
-            if step % every == 0 or step == self.total_steps or stop:
+            # After the last step the model itself is written.
+            if stop or (due and step != self.total_steps):
                 checkpoints.save(state, self.loader.get_state())
+                cadence.saved()
             if stop:
                 break
         return state

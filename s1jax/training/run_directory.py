@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ import jax
 from s1jax.config import TrainConfig
 from s1jax.config_reader import to_dict
 from s1jax.locks import exclusive_directory
+from s1jax.paths import AnyPath, write_whole
 
 
 class RunError(RuntimeError):
@@ -31,7 +31,7 @@ _HARMLESS = (
 
 
 @contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
+def exclusive(directory: AnyPath) -> Iterator[None]:
     """Hold the directory against a second run, until the process ends, however it ends.
 
     Raises InUseError if another run holds it.
@@ -40,7 +40,7 @@ def exclusive(directory: Path) -> Iterator[None]:
         yield
 
 
-def check_config(directory: Path, config: TrainConfig, fingerprint: str) -> None:
+def check_config(directory: AnyPath, config: TrainConfig, fingerprint: str) -> None:
     """Compare with the configuration (and the data's fingerprint) that the directory's run was started with; save it.
 
     Differences are printed. Raises RunError if one changes the training and `training.force` is not set.
@@ -59,9 +59,7 @@ def check_config(directory: Path, config: TrainConfig, fingerprint: str) -> None
                 "undo that, use another training.output_dir, or set training.force=true to go on all the same"
             )
     if jax.process_index() == 0:
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(current, indent=2) + "\n", encoding="utf-8")
-        partial.rename(path)
+        write_whole(path, json.dumps(current, indent=2) + "\n")
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:

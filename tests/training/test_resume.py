@@ -34,7 +34,7 @@ def writing_a_checkpoint(output: Path) -> bool:
     return any("tmp" in path.name for path in (output / "checkpoints").glob("4*"))
 
 
-def sealing_a_checkpoint(output: Path) -> bool:
+def having_written_a_checkpoint(output: Path) -> bool:
     return (output / "checkpoints" / "4").is_dir()
 
 
@@ -43,7 +43,7 @@ def exporting(output: Path) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", [writing_a_checkpoint, sealing_a_checkpoint, exporting])
+@pytest.mark.parametrize("moment", [writing_a_checkpoint, having_written_a_checkpoint, exporting])
 def test_killed_while_it_writes(
     moment: Callable[[Path], bool], command: Command, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -81,13 +81,13 @@ def test_a_damaged_checkpoint_is_named_and_set_aside(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = unfinished(undisturbed, tmp_path / "run")
-    damage(largest_file(output / "checkpoints" / "6"))
+    damage(largest_file(output / "checkpoints" / "4"))
     assert train(config(command, output)) == 0
     printed = capsys.readouterr().out
-    assert "checkpoint 6 is damaged" in printed
+    assert "checkpoint 4 is damaged" in printed
     assert said in printed
-    assert "going on from the checkpoint of step 4" in printed
-    assert (output / "damaged-checkpoints" / "6").is_dir()
+    assert "going on from the checkpoint of step 2" in printed
+    assert (output / "damaged-checkpoints" / "4").is_dir()
     for ours, theirs in zip(metrics(output), metrics(undisturbed), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
@@ -96,24 +96,25 @@ def test_when_all_checkpoints_are_damaged_nothing_is_trained(
     command: Command, undisturbed: Path, tmp_path: Path
 ) -> None:
     output = unfinished(undisturbed, tmp_path / "run")
-    for step in ("4", "6"):
+    for step in ("2", "4"):
         truncate(largest_file(output / "checkpoints" / step))
     with pytest.raises(DamagedCheckpointsError, match=r"start again with another training\.output_dir"):
         train(config(command, output))
-    assert sorted(path.name for path in (output / "damaged-checkpoints").iterdir()) == ["4", "6"]
+    assert sorted(path.name for path in (output / "damaged-checkpoints").iterdir()) == ["2", "4"]
     assert not (output / "model").exists()
 
 
-def test_the_newest_checkpoints_are_kept(undisturbed: Path) -> None:
-    kept = [path.name for path in (undisturbed / "checkpoints").iterdir() if path.name.isdecimal()]
-    assert sorted(kept) == ["4", "6"]
+def test_the_newest_checkpoints_are_kept(command: Command, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    assert train(config(command, output, "checkpoint.every_steps=1")) == 0
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["4", "5"]
 
 
 @pytest.mark.slow
 def test_from_sixteen_shards_to_eight_by_two(command: Command, undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     process = start(command(output, "mesh.fsdp=16"), devices=16)
-    wait_until((output / "checkpoints" / "2" / "manifest.0.json").exists, [process])
+    wait_until((output / "checkpoints" / "2").is_dir, [process])
     process.send_signal(signal.SIGKILL)
     process.communicate()
     status, text = run(command(output, "mesh.fsdp=8", "mesh.tensor=2"), devices=16)
@@ -128,7 +129,7 @@ def test_other_content_of_the_data_file_is_refused_unless_forced(
     command: Command, traces: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = unfinished(undisturbed, tmp_path / "run")
-    shutil.rmtree(output / "checkpoints" / "6")
+    shutil.rmtree(output / "checkpoints" / "4")
     before = traces.read_text()
     rows = [json.loads(line) for line in before.splitlines()]
     rows[3]["attempt"] = rows[3]["attempt"][::-1]  # As many tokens, but others.
