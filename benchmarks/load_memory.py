@@ -6,7 +6,6 @@ before + weights by, beside the size of the largest tensor.
 
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from s1jax.mesh import make_mesh
 from s1jax.model.config import QwenConfig
 from s1jax.model.hf import load_params
 from s1jax.model.load import build_model
+from s1jax.paths import any_path
 
 MIB = 2**20
 
@@ -27,7 +27,7 @@ def peak() -> float:
 
 
 def main(path: str, dtype: str = "bfloat16") -> None:
-    directory = Path(path)
+    directory = any_path(path)
     model = build_model(ModelSection(path=path, dtype=dtype), QwenConfig.from_directory(directory), param_dtype=dtype)
     mesh = make_mesh(**vars(MeshSection()))
     jax.block_until_ready(jnp.zeros(1))

@@ -1,6 +1,5 @@
 """Lengths of the training examples that a plan is made for, read or assumed."""
 
-from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -24,7 +23,7 @@ def example_lengths(config: TrainConfig) -> tuple[Int[np.ndarray, " examples"], 
     Raises PlanError or InputError if neither is possible.
     """
     block_size = config.data.block_size
-    if any_path(config.data.path).is_file() and Path(config.model.path).is_dir():
+    if any_path(config.data.path).is_file() and any_path(config.model.path).is_dir():
         tokenizer = load_tokenizer(config.model.path)
         dataset = load_examples(config.data.path, tokenizer, block_size=block_size, overlong=config.data.overlong)
         return np.array([example.input_ids.size for example in dataset.examples]), f"read from {config.data.path}"

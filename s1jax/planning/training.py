@@ -22,6 +22,7 @@ from s1jax.model.architectures import known_architecture
 from s1jax.model.config import QwenConfig
 from s1jax.model.flops import attention_flops, matmul_parameters
 from s1jax.model.qwen import Qwen
+from s1jax.paths import BucketPath, any_path
 from s1jax.planning.estimate import Estimate, Memory, estimate, temporaries, usable_bytes
 from s1jax.planning.hardware import PlanError, Target
 from s1jax.planning.hlo import Collective, Program
@@ -107,8 +108,9 @@ def resolve_architecture(path: str) -> QwenConfig:
 
     Raises PlanError if there is neither, UnsupportedConfigError if it is not supported.
     """
-    if Path(path).is_dir():
-        return QwenConfig.from_directory(Path(path))
+    directory = any_path(path)
+    if isinstance(directory, BucketPath) or directory.is_dir():
+        return QwenConfig.from_directory(directory)
     known = known_architecture(path)
     if known is not None:
         return known
