@@ -92,6 +92,10 @@ class OptimizerSection:
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(
         default=1.0, description="global gradient norm is clipped to this"
     )
+    moments_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="what both moments are kept in; bfloat16: two thirds of the state and of each checkpoint",
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -171,6 +175,10 @@ class PlanSection:
 @dataclass(frozen=True, config=STRICT)
 class TrainPlanSection(PlanSection):
     """Compile for hardware that is not here, instead of training."""
+
+    storage_gigabytes_per_second: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="that each host writes, to count checkpoints and the export; null: not counted"
+    )
 
     search: bool = Field(
         default=False, description="try remat policies, accumulation, meshes and, if need be, shorter blocks; rank them"

@@ -100,6 +100,13 @@ class Target:
         return count
 
     @property
+    def num_hosts(self) -> int:
+        """How many machines the devices are in; those of TPUs have four each."""
+        return (
+            self.num_devices // self.devices_per_host if self.hardware.platform == "cuda" else -(-self.num_devices // 4)
+        )
+
+    @property
     def devices_per_host(self) -> int:
         """Devices that reach each other over the fast links."""
         return self.shape[-1] if self.hardware.platform == "cuda" else self.num_devices

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from s1jax.config import PlanSection
 from s1jax.planning.hardware import GIB, Target
+from s1jax.planning.storage import Storage
 from s1jax.planning.training import TrainingPlan
 
 _COLUMNS = (
@@ -54,12 +55,24 @@ def describe(plan: TrainingPlan) -> str:
     lines.append(f"memory: {plan.peak_bytes / GIB:.1f} of {plan.usable_bytes / GIB:.1f} GiB: {verdict}")
     lines.append(f"FLOPs of the program over the model's, averaged over the steps: {plan.flop_ratio:.3f}")
     lines.append(f"{plan.steps} steps: {plan.seconds / 60:.1f} min")
+    if plan.storage:
+        lines += _storage(plan.storage)
+        lines.append(f"steps and writing together: {plan.run_seconds / 60:.1f} min")
     return "\n".join(lines)
+
+
+def _storage(storage: Storage) -> list[str]:
+    return [
+        f"{storage.num_checkpoints} checkpoints of {storage.checkpoint_bytes / 1e9:.1f} GB: "
+        f"{storage.checkpoint_seconds / 60:.1f} min each beside the steps, of which the run waits for "
+        f"{storage.waited_seconds / 60:.1f} min in all",
+        f"export of {storage.export_bytes / 1e9:.1f} GB: {storage.export_seconds / 60:.1f} min",
+    ]
 
 
 def assumptions(section: PlanSection, target: Target, plan: TrainingPlan) -> str:
     """What the run costs, and all that the figures rest on."""
-    hours = plan.seconds / 3600 * target.num_devices
+    hours = plan.run_seconds / 3600 * target.num_devices
     price = section.price_per_device_hour
     cost = "" if price is None else f", {hours * price:.2f} at {price:g} a device-hour"
     hardware = target.hardware
@@ -71,6 +84,7 @@ def assumptions(section: PlanSection, target: Target, plan: TrainingPlan) -> str
             f"links at {hardware.link_bandwidth / 1e9:.0f} GB/s in a host or slice and "
             f"{hardware.network_bandwidth / 1e9:.0f} GB/s a device between hosts; collectives of the tensor axis "
             "exposed, the others hidden behind arithmetic as far as it lasts.",
-            f"not counted: start, compilation ({len(plan.shapes)} programs), checkpoints",
+            f"not counted: start, compilation ({len(plan.shapes)} programs)"
+            + ("" if plan.storage else ", checkpoints, export (plan.storage_gigabytes_per_second)"),
         ]
     )

@@ -27,6 +27,7 @@ from s1jax.planning.estimate import Estimate, Memory, estimate, temporaries, usa
 from s1jax.planning.hardware import PlanError, Target
 from s1jax.planning.hlo import Collective, Program
 from s1jax.planning.lengths import example_lengths
+from s1jax.planning.storage import Storage, plan_storage
 from s1jax.training.loop import for_rows, step_loader, training_model
 from s1jax.training.step import abstract_state, batch_sharding, compile_step
 
@@ -80,9 +81,16 @@ class TrainingPlan:
     """Of every parameter, how the compiled program has it spread: its shape, and that of one device's part."""
     shapes: list[ShapePlan]
     seconds: float
-    """Of all steps, without start, compilation and checkpoints."""
+    """Of all steps, without start, compilation, checkpoints and export."""
     flop_ratio: float
     """Averaged over the run's steps."""
+    storage: Storage | None
+    """If a bandwidth is given."""
+
+    @property
+    def run_seconds(self) -> float:
+        """Of all steps and of what the run waits for while it writes, if that is counted."""
+        return self.seconds + (self.storage.seconds if self.storage else 0.0)
 
     @property
     def peak_bytes(self) -> int:
@@ -134,6 +142,8 @@ def plan_run(
     positions = sum(rows * length * steps for (rows, length), steps in largest_first)
     planned = sum(shape.rows * shape.length * shape.steps for shape in shapes)
     seconds = positions / planned * sum(shape.steps * shape.estimate.total for shape in shapes)
+    # A run cut short by max_steps has its shapes in the same proportions.
+    seconds *= planner.total_steps / len(loader)
     return TrainingPlan(
         target=str(target),
         mesh=dict(mesh.shape),
@@ -146,9 +156,9 @@ def plan_run(
         usable_bytes=usable_bytes(target.hardware),
         parameters=planner.parameters,
         shapes=shapes,
-        # A run cut short by max_steps has its shapes in the same proportions.
-        seconds=planner.total_steps / len(loader) * seconds,
+        seconds=seconds,
         flop_ratio=sum(s.steps * s.dot_flops for s in shapes) / sum(s.steps * s.model_flops for s in shapes),
+        storage=planner.storage(seconds),
     )
 
 
@@ -167,6 +177,22 @@ class _Planner:
         self._state = abstract_state(model, config.optimizer, mesh)
         self.parameters: dict[str, str] = {}
         """As `TrainingPlan.parameters`, of the last program compiled."""
+
+    def storage(self, seconds: float) -> Storage | None:
+        """What the run writes, if it is known how fast."""
+        config = self._config
+        if config.plan.storage_gigabytes_per_second is None:
+            return None
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(self._state.params))
+        return plan_storage(
+            checkpoint_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._state)),
+            export_bytes=parameters * jnp.dtype(config.training.export_dtype).itemsize,
+            steps=self.total_steps,
+            step_seconds=seconds / self.total_steps,
+            every_steps=config.checkpoint.every_steps,
+            hosts=self._target.num_hosts,
+            gigabytes_per_second=config.plan.storage_gigabytes_per_second,
+        )
 
     def plan_shape(self, rows: int, length: int, steps: int) -> ShapePlan:
         """Compile the step for rows of this shape. Raises PlanError if the compiler finds no room for it."""

@@ -32,7 +32,7 @@ def learning_rate(section: OptimizerSection, total_steps: int) -> Callable[[Int[
 def adamw(section: OptimizerSection, model: Qwen) -> optax.GradientTransformation:
     """Clipping, moments and decoupled weight decay, to be scaled by minus the learning rate.
 
-    Biases and norms do not decay, as in transformers' Trainer.
+    Biases and norms do not decay, as in transformers' Trainer. Moments are kept in `moments_dtype`.
     """
 
     def decays(params: Params) -> Params:
@@ -40,9 +40,28 @@ def adamw(section: OptimizerSection, model: Qwen) -> optax.GradientTransformatio
 
     return optax.chain(
         optax.clip_by_global_norm(section.max_grad_norm),
-        optax.scale_by_adam(section.beta1, section.beta2, _EPSILON),
+        _stored_as(jnp.dtype(section.moments_dtype), optax.scale_by_adam(section.beta1, section.beta2, _EPSILON)),
         optax.add_decayed_weights(section.weight_decay, mask=decays),
     )
+
+
+def _stored_as(dtype: jnp.dtype, transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same transformation with what it keeps of each parameter in `dtype` between steps, computed in float32."""
+
+    def cast(state: optax.OptState, dtype: jnp.dtype) -> optax.OptState:
+        def convert(leaf: Array) -> Array:
+            return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+        return jax.tree.map(convert, state)
+
+    def init(params: optax.Params) -> optax.OptState:
+        return cast(transformation.init(params), dtype)
+
+    def update(updates: Params, state: optax.OptState, params: Params | None = None) -> tuple[Params, optax.OptState]:
+        updates, state = transformation.update(updates, cast(state, jnp.dtype(jnp.float32)), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _is_matrix(axes: tuple[str, ...]) -> bool:

@@ -1,0 +1,18 @@
+"""A sample of `tests.kills`: runs on buckets that are killed again and again end as if nothing had happened."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "scheme"), [("train", "gs"), ("train", "s3"), ("generate", "gs"), ("generate", "s3")])
+def test_killed_three_times_on_a_bucket(mode: str, scheme: str) -> None:
+    words = [sys.executable, "-m", "tests.kills", mode, scheme, "3"]
+    process = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=900)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert f"{mode} on {scheme}://: 3 kills in lost or doubled" in process.stdout
