@@ -1,5 +1,6 @@
 """Memory, time and arithmetic of a training run, from its compiled steps."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -184,12 +185,14 @@ class _Planner:
         if config.plan.storage_gigabytes_per_second is None:
             return None
         parameters = sum(leaf.size for leaf in jax.tree.leaves(self._state.params))
+        step_seconds, minutes = seconds / self.total_steps, config.checkpoint.every_minutes
+        by_clock = None if minutes is None else math.ceil(60 * minutes / step_seconds)
         return plan_storage(
             checkpoint_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._state)),
             export_bytes=parameters * jnp.dtype(config.training.export_dtype).itemsize,
             steps=self.total_steps,
-            step_seconds=seconds / self.total_steps,
-            every_steps=config.checkpoint.every_steps,
+            step_seconds=step_seconds,
+            every_steps=min(filter(None, (config.checkpoint.every_steps, by_clock)), default=None),
             hosts=self._target.num_hosts,
             gigabytes_per_second=config.plan.storage_gigabytes_per_second,
         )
