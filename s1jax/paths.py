@@ -215,7 +215,10 @@ class BucketPath:
     def move_below(self, target: "BucketPath") -> None:
         """Give every object below this name one below `target`, in the same store: the store copies each."""
         with self._errors():
-            self._system.mv(str(self._key), str(target._key), recursive=True)
+            names = self._system.find(str(self._key))
+            moved = [str(target._key / PurePosixPath(name).relative_to(self._key)) for name in names]
+            self._system.copy(names, moved)
+            self._system.rm(names)
 
     @property
     def _system(self) -> Any:

@@ -267,11 +267,12 @@ def _store(directory: AnyPath) -> dict[str, Any]:
     return {"driver": "s3", **place}
 
 
-@cache
 def _context() -> ts.Context:
-    """Connections and credentials, shared by all arrays."""
-    settings: dict[str, Any] = {"cache_pool": {"total_bytes_limit": 0}}
-    if "AWS_ACCESS_KEY_ID" in os.environ:
-        # Else files are looked for first, with pages of complaints where there are none.
-        settings["aws_credentials"] = {"type": "environment"}
-    return ts.Context(settings)
+    # Else files are looked for first, with pages of complaints where there are none.
+    return _shared_context("environment" if "AWS_ACCESS_KEY_ID" in os.environ else "default")
+
+
+@cache
+def _shared_context(aws_credentials: str) -> ts.Context:
+    """Connections and credentials for all arrays."""
+    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "aws_credentials": {"type": aws_credentials}})

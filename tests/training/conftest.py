@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from s1jax.paths import AnyPath
 from tests.processes import wait_until
 from tests.tiny import model_directory
 
@@ -42,7 +43,7 @@ Command = Callable[..., list[str]]
 def command(model: Path, traces: Path) -> Command:
     """The command line of a run of 6 steps in a given output directory."""
 
-    def words(output: Path, *more: str) -> list[str]:
+    def words(output: AnyPath, *more: str) -> list[str]:
         settings = [
             f"model.path={model}",
             "model.dtype=float32",
@@ -94,7 +95,7 @@ def undisturbed(command: Command, tmp_path_factory: pytest.TempPathFactory) -> P
     return output
 
 
-def metrics(output: Path) -> list[dict]:
+def metrics(output: AnyPath) -> list[dict]:
     """The lines of metrics.jsonl, without what depends on the clock."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "mfu")} for row in rows]
