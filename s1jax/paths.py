@@ -6,6 +6,7 @@ there whole or not at all, which `write_whole` promises of a local file too.
 
 import contextlib
 import errno
+import logging
 import os
 import posixpath
 import secrets
@@ -220,7 +221,13 @@ class BucketPath:
             raise FileNotFoundError(errno.ENOENT, "no such object or bucket", str(self)) from None
         except PermissionError as error:
             raise PermissionError(errno.EACCES, f"not permitted ({_first_line(error)})", str(self)) from None
+        except PathError:
+            raise
         except _library_errors() as error:
+            if str(error).startswith("Forbidden:"):  # How gcsfs says it; the store's own words are on a second line.
+                raise PermissionError(
+                    errno.EACCES, f"not permitted ({str(error).splitlines()[-1]})", str(self)
+                ) from None
             raise OSError(errno.EIO, _first_line(error), str(self)) from error
 
 
@@ -338,6 +345,7 @@ def _file_system(scheme: str) -> Any:
         options["config_kwargs"] = {"retries": retries, "connect_timeout": 10, "read_timeout": _TIMEOUT_SECONDS}
     else:
         options["requests_timeout"] = _TIMEOUT_SECONDS
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # It prints a traceback for what it raises, too.
     try:
         return fsspec.filesystem(scheme, **options)
     except ImportError as error:
@@ -353,7 +361,8 @@ def _library_errors() -> tuple[type[BaseException], ...]:
         import gcsfs.retry
         import google.auth.exceptions
 
-        errors += [gcsfs.retry.HttpError, aiohttp.ClientError, google.auth.exceptions.GoogleAuthError]
+        errors += [gcsfs.retry.HttpError, gcsfs.retry.ChecksumError, aiohttp.ClientError]
+        errors += [google.auth.exceptions.GoogleAuthError, ValueError]  # The last one is its word for a bad request.
     with contextlib.suppress(ImportError):
         import botocore.exceptions
 
@@ -368,5 +377,6 @@ def _code(error: Exception) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or repr(error)
-    return text.splitlines()[0]
+    """What went wrong; of an answer without words its status."""
+    text = ((isinstance(error, OSError) and error.strerror) or str(error)).strip(" ,\n")
+    return f"HTTP status {text}" if text.isdecimal() else (text or repr(error)).splitlines()[0]
