@@ -6,6 +6,7 @@ there whole or not at all, which `write_whole` promises of a local file too.
 
 import contextlib
 import errno
+import logging
 import os
 import posixpath
 import secrets
@@ -233,7 +234,13 @@ class BucketPath:
             raise FileNotFoundError(errno.ENOENT, "no such object or bucket", str(self)) from None
         except PermissionError as error:
             raise PermissionError(errno.EACCES, f"not permitted ({_first_line(error)})", str(self)) from None
+        except PathError:
+            raise
         except _library_errors() as error:
+            if str(error).startswith("Forbidden:"):  # How gcsfs says it; the store's own words are on a second line.
+                raise PermissionError(
+                    errno.EACCES, f"not permitted ({str(error).splitlines()[-1]})", str(self)
+                ) from None
             raise OSError(errno.EIO, _first_line(error), str(self)) from error
 
 
@@ -373,6 +380,9 @@ _settle(
 )
 
 
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # It prints a traceback for what it raises, too.
+
+
 def _file_system(scheme: str) -> Any:
     """The library's side of a scheme. Raises PathError if it is not installed."""
     try:
@@ -390,7 +400,8 @@ def _library_errors() -> tuple[type[BaseException], ...]:
         import gcsfs.retry
         import google.auth.exceptions
 
-        errors += [gcsfs.retry.HttpError, aiohttp.ClientError, google.auth.exceptions.GoogleAuthError]
+        errors += [gcsfs.retry.HttpError, gcsfs.retry.ChecksumError, aiohttp.ClientError]
+        errors += [google.auth.exceptions.GoogleAuthError, ValueError]  # The last one is its word for a bad request.
     with contextlib.suppress(ImportError):
         import botocore.exceptions
 
@@ -410,5 +421,6 @@ def _code(error: Exception) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or repr(error)
-    return text.splitlines()[0]
+    """What went wrong; of an answer without words its status."""
+    text = ((isinstance(error, OSError) and error.strerror) or str(error)).strip(" ,\n")
+    return f"HTTP status {text}" if text.isdecimal() else (text or repr(error)).splitlines()[0]

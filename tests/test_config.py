@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from s1jax.config import EvaluateConfig, GenerateConfig, ScoreConfig, TrainConfig
+from s1jax.config import BenchmarkConfig, EvaluateConfig, GenerateConfig, ScoreConfig, TrainConfig
 from s1jax.config_reader import ConfigError, config_help, config_keys, load_config
 from s1jax.curation.config import CurateConfig
+from s1jax.paths import BucketPath
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["model.path=m", "input=i", "output=o"]
@@ -82,6 +83,46 @@ def test_a_circle_of_extends_is_refused(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
     with pytest.raises(ConfigError, match=r"extends itself through a\.yaml, b\.yaml"):
         load_config(ScoreConfig, [str(tmp_path / "a.yaml")])
+
+
+def test_yaml_files_in_a_bucket_extend_one_another(bucket: BucketPath) -> None:
+    (bucket / "base.yaml").write_text("model: {path: base, dtype: float32}\nbatch_size: 2\n")
+    (bucket / "sub" / "middle.yaml").write_text("extends: ../base.yaml\nbatch_size: 3\ninput: i\n")
+    (bucket / "top.yaml").write_text(f"extends: {bucket}/sub/middle.yaml\nmodel: {{path: top}}\noutput: o\n")
+    config = load_config(ScoreConfig, [f"{bucket}/top.yaml"])
+    assert (config.model.path, config.model.dtype, config.batch_size, config.input) == ("top", "float32", 3, "i")
+    (bucket / "a.yaml").write_text("extends: sub/../a.yaml\n")
+    with pytest.raises(ConfigError, match=rf"^{bucket}/a\.yaml: extends itself through a\.yaml$"):
+        load_config(ScoreConfig, [f"{bucket}/a.yaml"])
+    with pytest.raises(ConfigError, match=rf"^{bucket}/none\.yaml: no such object or bucket$"):
+        load_config(ScoreConfig, [f"{bucket}/none.yaml"])
+
+
+PATHS = {
+    ScoreConfig: ["model.path", "input", "output"],
+    GenerateConfig: ["model.path", "prompts", "output", "budget.profile", "plan.output"],
+    EvaluateConfig: ["model.path", "tasks", "output_dir", "budget.profile"],
+    BenchmarkConfig: ["model.path", "benchmark.output"],
+    TrainConfig: ["model.path", "data.path", "data.eval_path", "training.output_dir", "plan.output"],
+    CurateConfig: [
+        *["output_dir", "sources.x.path", "evaluation_sets.x.path", "students.x.path", "select.benchmarks.x.path"],
+        "select.tokenizer",
+    ],
+}
+
+
+@pytest.mark.parametrize("scheme", ["hdfs", "http", "file", "gcs"])
+@pytest.mark.parametrize("root", PATHS, ids=lambda root: root.__name__)
+def test_paths_of_other_schemes_are_refused_before_anything_is_read(root: type, scheme: str) -> None:
+    path = f"{scheme}://somewhere/x.jsonl"
+    with pytest.raises(ConfigError) as error:
+        load_config(root, [f"{key}={path}" for key in PATHS[root]])
+    problems = [line for line in str(error.value).splitlines() if "required" not in line]
+    assert sorted(line.split(":")[0] for line in problems) == sorted(PATHS[root])
+    for line in problems:
+        assert line.endswith(f": {path}: {scheme}:// is not known; paths are local, or begin with gs:// and s3://")
+    with pytest.raises(ConfigError, match=f"{scheme}:// is not known"):
+        load_config(root, [f"{scheme}://somewhere/x.yaml"])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda p: p.stem)
