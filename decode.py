@@ -39,12 +39,13 @@ def main(words: list[str]) -> int:
         from s1jax.compilation_cache import keep_compilations
 
         keep_compilations()
-    try:
-        status = getattr(importlib.import_module(module), mode)(config)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return status if planned else 0
+    from s1jax.command import exit_status
+
+    def run() -> int:
+        result = getattr(importlib.import_module(module), mode)(config)
+        return int(result) if planned else 0
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

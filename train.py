@@ -1,6 +1,5 @@
 """Supervised fine-tuning: python train.py CONFIG.yaml section.key=value ... [--plan TARGET]"""
 
-import os
 import sys
 
 from s1jax.config import TrainConfig
@@ -16,9 +15,10 @@ def main(words: list[str]) -> int:
         use_compilers_only()
     else:
         use_most_of_gpu()
-    import jax  # Slow to import: --help and mistakes in the keys answer at once.
+    # Imported here because it is slow: --help and mistakes in the keys answer at once.
+    from s1jax.command import exit_status
 
-    try:
+    def run() -> int:
         if config.plan.target:
             from s1jax.planning.cli import plan
 
@@ -28,11 +28,8 @@ def main(words: list[str]) -> int:
 
         keep_compilations()
         return train(config)
-    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        if jax.process_count() > 1:
-            os._exit(1)  # The orderly way out waits for the other processes, and one of them may be gone.
-        return 1
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

@@ -113,9 +113,16 @@ def written_rows(path: AnyPath) -> list[dict[str, Any]]:
     written, is none. Nothing is changed. Raises InputError if there is anything else in a file, OSError if one cannot
     be read.
     """
-    files = [*([path] if path.is_file() else []), *_parts(path)]
     with ThreadPoolExecutor(_READERS) as pool:
-        sources = list(pool.map(lambda file: _parse(str(file), _whole_lines(file)), files))
+        while True:
+            parts = _parts(path)
+            # Looked for after the parts: another process may make it of them at this moment, and then remove them.
+            files = [*([path] if path.is_file() else []), *parts]
+            try:
+                sources = list(pool.map(lambda file: _parse(str(file), _whole_lines(file)), files))
+                break
+            except FileNotFoundError:
+                continue
     for source in sources:
         if source.problems:
             raise InputError(f"{source.error(source.problems)}\nthe file was not written by this command: move it away")

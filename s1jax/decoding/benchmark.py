@@ -1,6 +1,7 @@
 """How fast prefill and decoding are, against how fast this device copies memory."""
 
 import json
+import socket
 import statistics
 import time
 from collections.abc import Callable
@@ -12,15 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from s1jax.config import BenchmarkConfig
+from s1jax.config_reader import to_dict
 from s1jax.decoding.budget import Phase, RowParams, RowState, Tables
 from s1jax.decoding.generate import STEPS_PER_CHUNK, bucket
+from s1jax.decoding.hosts import Hosts, Row, SharedOutput, same_command, start_hosts
 from s1jax.decoding.loop import Rows, Shared, decode_chunk, empty_cache, insert, prefill
 from s1jax.decoding.sampling import Sampling
 from s1jax.device_memory import peak_resident_bytes
-from s1jax.mesh import batch_shards, make_mesh
+from s1jax.mesh import batch_shards
 from s1jax.model.config import QwenConfig
 from s1jax.model.hf import load_params, resolve_model
-from s1jax.model.load import LoadedModel, build_model, inference_param_dtype
+from s1jax.model.load import LoadedModel, build_model, inference_param_dtype, model_mesh
 from s1jax.model.qwen import KVCache
 from s1jax.paths import any_path, write_whole
 
@@ -49,9 +52,60 @@ class Measurement:
 
 
 def benchmark(config: BenchmarkConfig) -> None:
-    """Measure, print a table and write `benchmark.output`. Random weights are used where the directory has none."""
+    """Measure, print a table and write `benchmark.output`. Random weights are used where the directory has none.
+
+    Where several processes have copies, each measures its own, and `benchmark.output` has the figures of all.
+    """
+    hosts = start_hosts(config.mesh)
+    same_command(config, hosts, None)
+    output = any_path(config.benchmark.output) if config.benchmark.output else None
+    if hosts.copies and output:
+        with SharedOutput(output.with_name(output.name + ".hosts"), hosts) as shared:
+            if reports := _of_all(config, hosts, shared):
+                sums = _sums(reports)
+                for row in sums:
+                    print("all hosts: " + ", ".join(f"{name} {value:.1f}" for name, value in row.items()))
+                write_whole(output, json.dumps({"results": sums, "hosts": reports}, indent=2) + "\n")
+                shared.path.unlink()
+        return
+    report = _measured(config)
+    if hosts.writes:
+        print(_table(report))
+        if output:
+            write_whole(output, json.dumps(report, indent=2) + "\n")
+
+
+def _of_all(config: BenchmarkConfig, hosts: Hosts, shared: SharedOutput) -> list[Row] | None:
+    """The reports of all processes, once this one's is written; None while others are missing."""
+    settings = to_dict(config)
+    del settings["mesh"], settings["benchmark"]["output"]
+
+    def key(row: Row) -> tuple[Any, ...]:
+        return row["process"], row["processes"], json.dumps(row["settings"])
+
+    processes = range(hosts.processes.count)
+    rows = [{"process": process, "processes": len(processes), "settings": settings} for process in processes]
+    wanted, mine = list(map(key, rows)), rows[hosts.processes.index]
+    if key(mine) not in map(key, shared.rows()):
+        report = _measured(config)
+        print(_table(report))
+        shared.append([{**mine, "report": report}])
+    with shared.merged(lambda written: len(set(wanted) - set(map(key, written))), key, order=key) as last:
+        return [row["report"] for row in shared.rows() if key(row) in wanted] if last else None
+
+
+def _sums(reports: list[Row]) -> list[Row]:
+    """The rates of all processes together, for each batch size."""
+    rates = ("prefill_tokens_per_second", "decode_tokens_per_second")
+    return [
+        {name: sum(result[name] for result in results) for name in ("batch_size", *rates)}
+        for results in zip(*(report["results"] for report in reports), strict=True)
+    ]
+
+
+def _measured(config: BenchmarkConfig) -> Row:
     directory = resolve_model(config.model.path)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = model_mesh(config.mesh)
     has_weights = any(file.suffix == ".safetensors" for file in directory.iterdir())
     param_dtype = inference_param_dtype(config.model, directory, mesh) if has_weights else config.model.dtype
     model = build_model(config.model, QwenConfig.from_directory(directory), param_dtype=param_dtype)
@@ -63,7 +117,8 @@ def benchmark(config: BenchmarkConfig) -> None:
         loaded = LoadedModel(model, params, mesh, directory)
         copy = _copy_bytes_per_second()
         results = [_measure(loaded, config, size, copy) for size in config.benchmark.batch_sizes]
-    report = {
+    return {
+        "host": socket.gethostname(),
         "device": jax.devices()[0].device_kind,
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
@@ -75,9 +130,6 @@ def benchmark(config: BenchmarkConfig) -> None:
         "copy_bytes_per_second": copy,
         "results": [asdict(result) for result in results],
     }
-    print(_table(report, results))
-    if config.benchmark.output:
-        write_whole(any_path(config.benchmark.output), json.dumps(report, indent=2) + "\n")
 
 
 def _measure(loaded: LoadedModel, config: BenchmarkConfig, batch_size: int, copy: float) -> Measurement:
@@ -85,19 +137,17 @@ def _measure(loaded: LoadedModel, config: BenchmarkConfig, batch_size: int, copy
     batch = batch_size + -batch_size % batch_shards(loaded.mesh)
     total = section.prompt_length + section.new_tokens
     slots = bucket(total + STEPS_PER_CHUNK, total + STEPS_PER_CHUNK)
-    prompt = jnp.asarray(np.random.default_rng(0).integers(0, model.config.vocab_size, section.prompt_length))
+    prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, section.prompt_length).astype(np.int32)
     shared, rows = _unending_rows(model.config.vocab_size, batch, section.prompt_length)
 
     def fill() -> KVCache:
         cache = empty_cache(model, batch, slots)
         for row in range(batch):
-            cache = insert(cache, prefill(model, loaded.params, prompt), jnp.int32(row))
+            cache = insert(cache, prefill(model, loaded.params, prompt), np.int32(row))
         return jax.block_until_ready(cache)
 
     def decode(cache: KVCache, rows: Rows, steps: int) -> tuple[KVCache, Rows]:
-        cache, state, last_token, _ = decode_chunk(
-            model, Sampling(), steps, False, loaded.params, shared, cache, jax.device_put(rows)
-        )
+        cache, state, last_token, _ = decode_chunk(model, Sampling(), steps, False, loaded.params, shared, cache, rows)
         return jax.block_until_ready((cache, rows._replace(state=state, last_token=last_token)))
 
     first_runs = _seconds(lambda: decode(decode(fill(), rows, 1)[0], rows, STEPS_PER_CHUNK))
@@ -168,18 +218,19 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 
 def _peak_memory() -> int:
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     return int(stats.get("peak_bytes_in_use") or peak_resident_bytes())
 
 
-def _table(report: dict[str, Any], results: list[Measurement]) -> str:
+def _table(report: Row) -> str:
     lines = [
         f"{report['devices']} x {report['device']}, {report['dtype']}, {report['weights']} weights, "
         f"prompts of {report['prompt_length']}, {report['new_tokens']} new tokens; "
         f"copy {report['copy_bytes_per_second'] / 1e9:.1f} GB/s",
         "batch  prefill tok/s  decode tok/s  ms/step  first token s  compile s  bandwidth  peak GiB",
     ]
-    for r in results:
+    for result in report["results"]:
+        r = Measurement(**result)
         lines.append(
             f"{r.batch_size:5}  {r.prefill_tokens_per_second:13.1f}  {r.decode_tokens_per_second:12.1f}  "
             f"{r.milliseconds_per_step:7.1f}  {r.seconds_to_first_token:13.2f}  {r.compile_seconds:9.1f}  "

@@ -1,22 +1,23 @@
 """python decode.py generate: from a configuration to a file of results, or to the terminal."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from s1jax.config import GenerateConfig
 from s1jax.config_reader import ConfigError
 from s1jax.decoding.generate import Finished, Generator, Request
+from s1jax.decoding.hosts import Hosts, Row, SharedOutput, same_command, start_hosts
 from s1jax.decoding.profiles import ProfileIds, prepare_prompt
 from s1jax.decoding.requests import Prompt, encode_prompt, read_prompts, thinking_budget
 from s1jax.decoding.setup import Setup, build_generator, check_requests, prepare
 from s1jax.decoding.terminal import TerminalWriter
-from s1jax.jsonl import InputError, RowWriter, merge_parts, written_rows
-from s1jax.locks import exclusive_file
-from s1jax.paths import AnyPath, any_path
+from s1jax.jsonl import InputError
+from s1jax.paths import any_path
+from s1jax.processes import together
 from s1jax.resume import keep_settings
 
 _FREE_TO_CHANGE = ("output", "batch_size", "mesh", "plan", "prompts")
@@ -31,6 +32,56 @@ def generate(config: GenerateConfig) -> None:
     """
     if (config.prompts is None) == (config.prompt is None):
         raise ConfigError("give either prompts (a JSONL file) or prompt (one question)")
+    hosts = start_hosts(config.mesh)
+    if hosts.copies and config.output is None:
+        raise ConfigError("mesh.copies: give an output, in which the results of all processes come together")
+    setup, prompts, requests = together(lambda: _read(config))
+    same_command(config, hosts, requests)
+    if config.output is None:
+        writer = TerminalWriter(setup.tokenizer, requests, sys.stdout)
+        for event in _generator(config, setup, hosts, requests).run(requests):
+            if hosts.writes:
+                writer.take(event)
+        return
+    index_of = {repr(prompt.id): index for index, prompt in enumerate(prompts)}
+
+    def key(row: Row) -> tuple[int, int]:
+        return index_of[repr(row["id"])], row.get("sample", 0)
+
+    with SharedOutput(any_path(config.output), hosts) as output:
+
+        def resume() -> list[tuple[int, int]]:
+            """What is done; refuses an output of a run with other settings or prompts."""
+            beside = output.path.with_name(output.path.name + ".config.json")
+            keep_settings(config, _FREE_TO_CHANGE, output.path, beside, save=hosts.processes.index == 0)
+            rows = output.rows()
+            for row in rows:
+                index = index_of.get(repr(row.get("id")))
+                if index is None or prompts[index].given != row.get("prompt"):
+                    raise InputError(
+                        f"{output.path}: it has id {row.get('id')!r}, which is not that prompt's here: move it away"
+                    )
+            return [key(row) for row in rows]
+
+        done = {(index, sample) for index, sample in hosts.told(resume)}
+        missing = [
+            request
+            for number, request in enumerate(requests)
+            if hosts.deals(number) and (request.index, request.sample) not in done
+        ]
+        if missing:
+            generator = _generator(config, setup, hosts, missing)
+            with hosts.progress(len(missing), "answer") as bar:
+                for event in generator.run(missing):
+                    if isinstance(event, Finished):
+                        output.append([_line(event, prompts[event.request.index], config.sampling.num_samples)])
+                        bar.update()
+        with output.merged(lambda rows: len(requests) - len(set(map(key, rows))), key, order=key):
+            pass
+
+
+def _read(config: GenerateConfig) -> tuple[Setup, list[Prompt], list[Request]]:
+    """What is to be generated, checked."""
     setup = prepare(config)
     prompts = _prompts(config, setup.tokenizer, setup.profile)
     requests = [
@@ -40,37 +91,15 @@ def generate(config: GenerateConfig) -> None:
     ]
     named = [(f"prompt {prompts[request.index].id!r}", request) for request in requests if request.sample == 0]
     check_requests(named, setup.profile, setup.context_length)
-    if config.output is None:
-        generator = _generator(config, setup, requests)
-        writer = TerminalWriter(setup.tokenizer, requests, sys.stdout)
-        for event in generator.run(requests):
-            writer.take(event)
-        return
-    output = any_path(config.output)
-    with exclusive_file(output) as lock:
-        done = _resume(output, config, prompts)
-        missing = [r for r in requests if (r.index, r.sample) not in done]
-        if missing:
-            generator = _generator(config, setup, missing)
-            with RowWriter(output, lock=lock) as file, tqdm(total=len(missing), disable=None) as bar:
-                for event in generator.run(missing):
-                    if isinstance(event, Finished):
-                        file.append([_line(event, prompts[event.request.index], config.sampling.num_samples)])
-                        bar.update()
-        lock.check()
-        place = {repr(prompt.id): index for index, prompt in enumerate(prompts)}
-        merge_parts(output, _key, order=lambda row: (place[repr(row["id"])], row.get("sample", 0)))
+    return setup, prompts, requests
 
 
-def _generator(config: GenerateConfig, setup: Setup, requests: list[Request]) -> Generator:
-    generator = build_generator(config, setup, logprobs=config.logprobs)
-    print(f"{len(requests)} to generate; at most {generator.compilations(requests)} compilations", file=sys.stderr)
+def _generator(config: GenerateConfig, setup: Setup, hosts: Hosts, requests: Sequence[Request]) -> Generator:
+    generator = together(lambda: build_generator(config, setup, logprobs=config.logprobs))
+    if hosts.writes:
+        most = generator.compilations(requests)
+        print(f"{len(requests)} to generate; at most {most} compilations", file=sys.stderr)
     return generator
-
-
-def _key(row: dict[str, Any]) -> tuple[str, int]:
-    """By which a line of the output file is known."""
-    return repr(row["id"]), row.get("sample", 0)
 
 
 def _prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase, profile: ProfileIds) -> list[Prompt]:
@@ -91,16 +120,3 @@ def _line(event: Finished, prompt: Prompt, num_samples: int) -> dict[str, Any]:
     if line["logprobs"] is None:
         del line["logprobs"]
     return line
-
-
-def _resume(output: AnyPath, config: GenerateConfig, prompts: list[Prompt]) -> set[tuple[int, int]]:
-    """(prompt, sample) of the lines that are there; refuses those of a run with other settings."""
-    keep_settings(config, _FREE_TO_CHANGE, output, output.with_name(output.name + ".config.json"))
-    index_of = {repr(prompt.id): index for index, prompt in enumerate(prompts)}
-    done = set()
-    for row in written_rows(output):
-        index = index_of.get(repr(row.get("id")))
-        if index is None or prompts[index].given != row.get("prompt"):
-            raise InputError(f"{output}: it has id {row.get('id')!r}, which is not that prompt's here: move it away")
-        done.add((index, row.get("sample", 0)))
-    return done

@@ -20,6 +20,7 @@ from s1jax.decoding.budget import (
     resolve_max_thinking_tokens,
     start_rows,
 )
+from s1jax.decoding.hosts import to_host
 from s1jax.decoding.loop import Chunk, Rows, Shared, decode_chunk, empty_cache, grow, insert, prefill
 from s1jax.decoding.profiles import PreparedPrompt, ProfileIds
 from s1jax.decoding.sampling import Sampling, request_key
@@ -168,16 +169,17 @@ class Generator:
         Raises ValueError for requests that have a `problem_of`, OutOfMemoryError if the device is full.
         """
         requests = list(requests)
-        tables, wait_starts = build_tables(self._profile, [r.budget for r in requests], self._tokenizer)
-        shared = Shared(
-            tables, jnp.asarray(self._profile.valid), jnp.asarray(self._profile.end_tokens or (0,), jnp.int32)
-        )
         waiting = deque(requests)
         slots: list[_Slot | None] = [None] * self._batch
-        rows = self._start([], wait_starts)
         cache: KVCache | None = None
         try:
+            # Under the mesh, arrays that are made are on all its devices, those of other processes too.
             with jax.set_mesh(self._loaded.mesh):
+                tables, wait_starts = build_tables(self._profile, [r.budget for r in requests], self._tokenizer)
+                shared = Shared(
+                    tables, jnp.asarray(self._profile.valid), jnp.asarray(self._profile.end_tokens or (0,), jnp.int32)
+                )
+                rows = self._start([], wait_starts)
                 while waiting or any(slots):
                     for row in range(self._batch):
                         if slots[row] is None and waiting:
@@ -195,9 +197,9 @@ class Generator:
                         self._loaded.params,
                         shared,
                         cache,
-                        jax.device_put(rows),
+                        rows,
                     )
-                    state, last_token, chunk = jax.device_get((state, last_token, chunk))
+                    state, last_token, chunk = to_host((state, last_token, chunk))
                     # Copies: arrays that come from a device cannot be written to.
                     rows = rows._replace(state=jax.tree.map(np.array, state), last_token=np.array(last_token))
                     for row, slot in enumerate(slots):
@@ -239,8 +241,8 @@ class Generator:
         padded = np.zeros(self._padded_length(prompt_ids), np.int32)
         padded[: len(prompt_ids)] = prompt_ids
         cache = self._with_slots(cache, bucket(len(padded), self._context))
-        prompt = prefill(self._loaded.model, self._loaded.params, jnp.asarray(padded))
-        return insert(cache, prompt, jnp.int32(row))
+        prompt = prefill(self._loaded.model, self._loaded.params, padded)
+        return insert(cache, prompt, np.int32(row))
 
     def _padded_length(self, prompt_ids: Sequence[int]) -> int:
         return bucket(len(prompt_ids), self._context, shortest=_SHORTEST_PROMPT)

@@ -9,17 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from s1jax.config import ScoreConfig
-from s1jax.jsonl import InputError, Problem, RowWriter, merge_parts, read_jsonl, written_rows
-from s1jax.locks import exclusive_file
+from s1jax.decoding.hosts import Row, SharedOutput, same_command, start_hosts, to_host
+from s1jax.jsonl import InputError, Problem, read_jsonl
 from s1jax.mesh import MESH_AXES, constrain
+from s1jax.model.config import QwenConfig
+from s1jax.model.hf import resolve_model
 from s1jax.model.load import LoadedModel, load_model
 from s1jax.model.qwen import Params, Qwen
 from s1jax.model.token_logprobs import token_logprobs
 from s1jax.paths import AnyPath, any_path
+from s1jax.processes import together
+from s1jax.tokenizer import load_tokenizer
 
 _BATCHES_PER_WINDOW = 16
 """Rows are sorted by length within a window of this many batches; a window is written when it is whole."""
@@ -37,26 +40,50 @@ def score(config: ScoreConfig) -> None:
 
     Raises InputError listing the rows that cannot be scored, before anything is computed; InUseError and OSError.
     """
-    loaded = load_model(config.model, config.mesh)
-    limit = config.max_length or loaded.model.config.max_position_embeddings
-    rows = _read_rows(any_path(config.input), loaded.tokenizer, loaded.model.config.vocab_size, limit)
+    hosts = start_hosts(config.mesh)
+    rows = together(lambda: _rows(config))
+    same_command(config, hosts, rows)
     place = {repr(row.id): number for number, row in enumerate(rows)}
-    output = any_path(config.output)
-    with exclusive_file(output) as lock:
-        done = {repr(row.get("id")) for row in written_rows(output)}
-        if done - place.keys():
-            raise InputError(f"{output}: its ids are not those of {config.input}: another run wrote it; move it away")
+
+    def key(row: Row) -> int:
+        return place[repr(row["id"])]
+
+    with SharedOutput(any_path(config.output), hosts) as output:
+
+        def resume() -> list[int]:
+            ids = [repr(row.get("id")) for row in output.rows()]
+            if not place.keys() >= set(ids):
+                raise InputError(
+                    f"{output.path}: its ids are not those of {config.input}: another run wrote it; move it away"
+                )
+            return [place[row_id] for row_id in ids]
+
+        done = set(hosts.told(resume))
+        mine = [number for number in range(len(rows)) if hosts.deals(number)]
         window = config.batch_size * _BATCHES_PER_WINDOW
-        with RowWriter(output, lock=lock) as file, tqdm(total=len(rows), initial=len(done), disable=None) as bar:
-            for start in range(0, len(rows), window):
-                chosen = rows[start : start + window]
-                missing = [number for number, row in enumerate(chosen) if repr(row.id) not in done]
-                if missing:
-                    results = score_rows(loaded, [row.input_ids for row in chosen], config.batch_size)
-                    file.append({"id": chosen[number].id, **results[number]} for number in missing)
-                    bar.update(len(missing))
-        lock.check()
-        merge_parts(output, lambda row: repr(row["id"]), order=lambda row: place[repr(row["id"])])
+        windows = [mine[start : start + window] for start in range(0, len(mine), window)]
+        left = sum(number not in done for number in mine)
+        loaded = together(lambda: load_model(config.model, config.mesh)) if left else None
+        with hosts.progress(left, "row") as bar:
+            for chosen in windows:
+                if loaded is None or done.issuperset(chosen):
+                    continue
+                # All of a window, so that what is computed does not depend on where an earlier run was stopped.
+                results = zip(
+                    chosen, score_rows(loaded, [rows[i].input_ids for i in chosen], config.batch_size), strict=True
+                )
+                lines = [{"id": rows[number].id, **result} for number, result in results if number not in done]
+                output.append(lines)
+                bar.update(len(lines))
+        with output.merged(lambda written: len(rows) - len(set(map(key, written))), key, order=key):
+            pass
+
+
+def _rows(config: ScoreConfig) -> list[_Row]:
+    directory = resolve_model(config.model.path)
+    architecture = QwenConfig.from_directory(directory)
+    limit = config.max_length or architecture.max_position_embeddings
+    return _read_rows(any_path(config.input), load_tokenizer(directory), architecture.vocab_size, limit)
 
 
 def score_rows(loaded: LoadedModel, rows: Sequence[list[int]], batch_size: int) -> list[dict[str, Any]]:
@@ -74,7 +101,7 @@ def score_rows(loaded: LoadedModel, rows: Sequence[list[int]], batch_size: int) 
         for line, i in enumerate(chosen):
             input_ids[line, : len(rows[i])] = rows[i]
         with jax.set_mesh(loaded.mesh):
-            logprobs, greedy = jax.device_get(_score_batch(loaded.model, loaded.params, input_ids))
+            logprobs, greedy = to_host(_score_batch(loaded.model, loaded.params, input_ids))
         for line, i in enumerate(chosen):
             scored = slice(0, len(rows[i]) - 1)
             results[i] = {

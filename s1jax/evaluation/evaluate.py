@@ -2,16 +2,18 @@
 
 import json
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import product
 from typing import Any
-
-from tqdm import tqdm
 
 from s1jax.config import EvaluateConfig
 from s1jax.config_reader import ConfigError
 from s1jax.decoding.generate import Finished, Generator, Request
+from s1jax.decoding.hosts import SharedOutput, same_command, start_hosts
 from s1jax.decoding.profiles import PreparedPrompt, prepare_prompt
 from s1jax.decoding.requests import encode_prompt
 from s1jax.decoding.setup import build_generator, check_requests, prepare
@@ -20,14 +22,14 @@ from s1jax.evaluation.report import write_report
 from s1jax.evaluation.runs import Run, plan_runs
 from s1jax.evaluation.summary import Line, accepted, summarise
 from s1jax.evaluation.tasks import Question, load_task
-from s1jax.jsonl import RowWriter, merge_parts, written_rows
-from s1jax.locks import exclusive_directory
 from s1jax.paths import any_path, write_whole
+from s1jax.processes import together
 from s1jax.resume import keep_settings
 
 _FREE_TO_CHANGE = ("output_dir", "batch_size", "mesh", "grading_seconds")
 """Keys that a stopped evaluation may go on with other values of: the results do not depend on them."""
 
+_KEY = ("task", "run", "id", "sample")
 _Key = tuple[str, str, str, int]
 
 
@@ -40,31 +42,37 @@ class _Job:
     request: Request
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     """Run all that is not in `output_dir` yet, write samples.jsonl, summary.json and the report; return the summary.
 
-    Everything is checked before the weights are read. Raises ConfigError, InputError, ValueError, OSError, InUseError
-    or OutOfMemoryError with a message for the person who started the run.
+    Of several processes one writes the summary, once all answers are there, and the others return None. Everything is
+    checked before the weights are read. Raises ConfigError, InputError, ValueError, OSError, InUseError or
+    OutOfMemoryError with a message for the person who started the run.
     """
     if "rejection" in config.sweep.baselines and config.sampling.temperature == 0:
         raise ConfigError("sweep.baselines: rejection draws again and again, so sampling.temperature must be above 0")
     if config.sweep.baselines and not any(limit != "auto" for limit in config.sweep.max_thinking_tokens):
         raise ConfigError("sweep.baselines: they keep to the numbers in sweep.max_thinking_tokens, and there are none")
-    setup = prepare(config)
-    questions = [q for task in config.tasks for q in load_task(task, seed=config.sampling.seed, limit=config.limit)]
+    hosts = start_hosts(config.mesh)
+    setup = together(lambda: prepare(config))
+    questions = together(lambda: _questions(config))
     methods = plan_runs(config)
     runs = {run.name: run for of_method in methods.values() for run in of_method}.values()
+    asked = list(product(runs, enumerate(questions)))
 
     @cache
     def prompt(index: int, instruction: str) -> PreparedPrompt:
         input_ids = encode_prompt(questions[index].text + instruction, setup.tokenizer, config.chat_template)
         return prepare_prompt(input_ids, setup.profile)
 
-    def jobs(done: dict[_Key, Line]) -> list[_Job]:
-        """What is to be generated next: all that is missing, of rejected samples one more try each."""
+    def jobs(done: dict[_Key, Line], takes: Callable[[int], bool] = lambda number: True) -> list[_Job]:
+        """What is to be generated next: all that is missing, of rejected samples one more try each.
+
+        All samples of a run's question are one process's, since a rejected one calls for the next.
+        """
         missing = []
-        for run in runs:
-            for index, question in enumerate(questions):
+        for number, (run, (index, question)) in enumerate(asked):
+            if takes(number):
                 for sample in _missing_samples(config, run, question, done):
                     request = Request(prompt(index, run.instruction), run.budget, index, sample)
                     missing.append(_Job(run, question, request))
@@ -75,32 +83,48 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         for job in jobs({})
         if job.request.sample == 0
     ]
+    same_command(config, hosts, [job.request for job in jobs({})])
     check_requests(named, setup.profile, setup.context_length)
-    output = any_path(config.output_dir)
-    with exclusive_directory(output) as lock:
-        file = output / "samples.jsonl"
-        keep_settings(config, _FREE_TO_CHANGE, file, output / "config.json")
-        lines = {_key(row): row for row in written_rows(file)}
+    directory = any_path(config.output_dir)
+    with SharedOutput(directory / "samples.jsonl", hosts) as output:
+
+        def resume() -> list[Line]:
+            """Of the lines that are there, what `jobs` needs."""
+            first = hosts.processes.index == 0
+            keep_settings(config, _FREE_TO_CHANGE, output.path, directory / "config.json", save=first)
+            return [{name: row[name] for name in (*_KEY, "thinking_end")} for row in output.rows()]
+
+        lines = {_key(row): row for row in hosts.told(resume)}
         generator: Generator | None = None
-        with RowWriter(file, lock=lock) as writer, _Graded(writer, config.grading_seconds) as graded:
-            while missing := jobs(lines):
-                generator = generator or build_generator(config, setup)
+        with _Graded(output, config.grading_seconds) if hosts.writes else nullcontext() as graded:
+            while missing := jobs(lines, hosts.deals):
+                generator = generator or together(lambda: build_generator(config, setup))
                 job_of = {id(job.request): job for job in missing}
-                with tqdm(total=len(missing), disable=None, unit="answer") as bar:
+                with hosts.progress(len(missing), "answer") as bar:
                     for event in generator.run([job.request for job in missing]):
                         if isinstance(event, Finished):
                             line = _line(job_of[id(event.request)], event)
                             lines[_key(line)] = line
-                            graded.add(line)
+                            if graded:
+                                graded.add(line)
                             bar.update()
-        lock.check()
-        order = {run.name: number for number, run in enumerate(runs)}
-        place = {(question.task, question.id): number for number, question in enumerate(questions)}
-        merge_parts(file, _key, order=lambda row: (order[row["run"]], place[row["task"], row["id"]], row["sample"]))
-        summary = summarise(config, questions, methods, list(lines.values()))
-        write_whole(output / "summary.json", json.dumps(summary, indent=2) + "\n")
-        write_report(output, summary, list(lines.values()), setup.tokenizer, setup.profile)
-    return summary
+        place = {(question.task, run.name, question.id): n for n, (run, (_, question)) in enumerate(asked)}
+        with output.merged(
+            lambda rows: len(jobs({_key(row): row for row in rows})),
+            _key,
+            order=lambda row: (place[_key(row)[:3]], row["sample"]),
+        ) as last:
+            if not last:
+                return None
+            rows = output.rows()
+            summary = summarise(config, questions, methods, rows)
+            write_whole(directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+            write_report(directory, summary, rows, setup.tokenizer, setup.profile)
+            return summary
+
+
+def _questions(config: EvaluateConfig) -> list[Question]:
+    return [q for task in config.tasks for q in load_task(task, seed=config.sampling.seed, limit=config.limit)]
 
 
 def _key(row: Line) -> _Key:
@@ -139,8 +163,8 @@ def _line(job: _Job, event: Finished) -> Line:
 class _Graded:
     """Lines are graded and written by a thread of their own, so that decoding does not wait."""
 
-    def __init__(self, writer: RowWriter, grading_seconds: float):
-        self._writer = writer
+    def __init__(self, output: SharedOutput, grading_seconds: float):
+        self._output = output
         self._grader = Grader(grading_seconds)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grading")
         self._futures: deque[Future[None]] = deque()
@@ -164,4 +188,4 @@ class _Graded:
 
     def _keep(self, line: Line) -> None:
         line.update(self._grader.grade(line["answer"], line["reference"], line["kind"])._asdict())
-        self._writer.append([line])
+        self._output.append([line])

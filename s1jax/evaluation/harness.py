@@ -4,6 +4,7 @@ The command takes what `lm_eval` takes, and knows `--model s1jax` beside the har
 module registers it. Needs the extra `lm-eval`.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import maybe_truncate, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from s1jax.command import errors_end_all
 from s1jax.compilation_cache import keep_compilations
 from s1jax.config import MeshSection, ModelSection
 from s1jax.decoding.budget import ThinkingBudget
@@ -24,6 +26,7 @@ from s1jax.decoding.profiles import load_profile, prepare_prompt, tokenize_profi
 from s1jax.decoding.sampling import Sampling
 from s1jax.decoding.score import score_rows
 from s1jax.model.load import load_model
+from s1jax.processes import same_everywhere, start_processes
 
 _MAX_ANSWER_TOKENS = 1024
 """Of what `max_gen_toks` allows, at most so many tokens are kept for the answer after the thinking."""
@@ -58,6 +61,9 @@ class S1jaxLM(TemplateLM):
         seed: int = 0,
         fsdp: int = -1,
         tensor: int = 1,
+        coordinator: str | None = None,
+        num_processes: int | None = None,
+        process_id: int | None = None,
         device: str | None = None,
         max_batch_size: int | None = None,
     ):
@@ -72,6 +78,9 @@ class S1jaxLM(TemplateLM):
             seed: of all draws, where a request's own gen_kwargs have none.
             fsdp: shards of parameters and rows, as `mesh.fsdp`.
             tensor: shards of heads and feed-forward, as `mesh.tensor`.
+            coordinator: where several processes have one model and no launcher tells, as `mesh.coordinator`.
+            num_processes: likewise, as `mesh.num_processes`.
+            process_id: likewise, as `mesh.process_id`.
             device: not used, jax chooses (JAX_PLATFORMS); the harness always gives one.
             max_batch_size: must be None: batch sizes are not searched for.
 
@@ -82,7 +91,14 @@ class S1jaxLM(TemplateLM):
             raise ValueError("s1jax needs a --batch_size that is a number, and no --max_batch_size")
         section = ModelSection(path=pretrained, dtype=dtype)  # type: ignore[arg-type]
         delimiters = load_profile(profile)
-        self._loaded = load_model(section, MeshSection(fsdp=fsdp, tensor=tensor))
+        mesh = MeshSection(
+            fsdp=fsdp, tensor=tensor, coordinator=coordinator, num_processes=num_processes, process_id=process_id
+        )
+        processes = start_processes(mesh)
+        if processes.count > 1:
+            # All ask the model for the same, as rank 0 of 1; by this the harness knows which one prints and writes.
+            os.environ["LOCAL_RANK"] = str(processes.index)
+        self._loaded = load_model(section, mesh)
         self.tokenizer, config = self._loaded.tokenizer, self._loaded.model.config
         self._profiles = {
             False: tokenize_profile(load_profile("none"), self.tokenizer, config.vocab_size),
@@ -120,6 +136,7 @@ class S1jaxLM(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """(log-probability, whether greedy) of each continuation; of what is too long, the context is cut in front."""
+        same_everywhere({"requests": repr(requests)})
         # The model never reads a row's last id, so a row may be one longer than its context.
         rows = [(context + continuation)[-self._max_length - 1 :] for _, context, continuation in requests]
         results = []
@@ -151,6 +168,8 @@ class S1jaxLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text that follows each context, or the answer alone where it thinks, up to the first of `until`."""
+        # A cache that one process has and another has not would leave them waiting for each other.
+        same_everywhere({"requests": repr([instance.args for instance in requests])})
         stops: list[list[str]] = []
         groups: dict[_Settings, list[Request]] = defaultdict(list)
         for index, instance in enumerate(requests):
@@ -225,4 +244,5 @@ def _thinking_budget(arguments: dict[str, Any], total: int, ending: int) -> Thin
 
 if __name__ == "__main__":
     keep_compilations()
-    cli_evaluate()
+    with errors_end_all():
+        cli_evaluate()

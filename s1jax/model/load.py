@@ -55,13 +55,22 @@ def inference_param_dtype(section: ModelSection, directory: AnyPath, mesh: Mesh)
     return "bfloat16" if widened and stored_dtypes(directory) == {"BF16"} else section.dtype
 
 
+def model_mesh(section: MeshSection) -> Mesh:
+    """The devices that one model is spread over: this process's own where each has a copy, else all of them.
+
+    Raises MeshError.
+    """
+    devices = jax.local_devices() if section.copies else None
+    return make_mesh(section.data, section.fsdp, section.tensor, devices)
+
+
 def load_model(section: ModelSection, mesh: MeshSection) -> LoadedModel:
     """Find, check and read a model for inference, its parameters in `inference_param_dtype` unless the section says.
 
     Raises FileNotFoundError, UnsupportedConfigError, CheckpointError or MeshError.
     """
     directory = resolve_model(section.path)
-    devices = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+    devices = model_mesh(mesh)
     param_dtype = inference_param_dtype(section, directory, devices)
     model = build_model(section, QwenConfig.from_directory(directory), param_dtype=param_dtype)
     with ThreadPoolExecutor(1) as reader:

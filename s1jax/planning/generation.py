@@ -50,6 +50,8 @@ class GenerationPlan:
     """Of one step."""
     tokens_per_second: float
     """Of all rows together."""
+    copies: int
+    """Of the model, each on a host of its own with as many rows."""
 
     @property
     def fits(self) -> bool:
@@ -74,6 +76,8 @@ def plan(config: GenerateConfig) -> int:
 
 def plan_generation(config: GenerateConfig, target: Target, devices: Sequence[jax.Device]) -> GenerationPlan:
     """Compile the decode loop for `batch_size` rows of `max_total_tokens`. Raises MeshError or PlanError."""
+    copies = len(devices) // target.devices_per_host if config.mesh.copies else 1
+    devices = devices[: len(devices) // copies]
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     architecture = resolve_architecture(config.model.path)
     model = build_model(config.model, architecture, param_dtype=config.model.dtype)
@@ -112,6 +116,7 @@ def plan_generation(config: GenerateConfig, target: Target, devices: Sequence[ja
         collectives=program.collectives,
         estimate=roofline,
         tokens_per_second=rows / roofline.total,
+        copies=copies,
     )
 
 
@@ -153,7 +158,8 @@ def _describe(plan: GenerationPlan, target: Target) -> str:
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     return "\n".join(
         [
-            f"{plan.target}, {mesh}: {plan.rows} rows of {plan.slots} tokens",
+            f"{plan.target}, {mesh}: {plan.rows} rows of {plan.slots} tokens"
+            + (f", in one of {plan.copies} copies" if plan.copies > 1 else ""),
             f"memory: {memory.total / GIB:.1f} GiB = weights {memory.parameters / GIB:.1f} + cache "
             f"{memory.batch / GIB:.1f} + temporaries {memory.temporaries / GIB:.2f}, of {plan.usable_bytes / GIB:.1f}: "
             f"{verdict}; {plan.rows_that_fit} rows would",
