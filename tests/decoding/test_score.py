@@ -16,6 +16,8 @@ import pytest
 from s1jax.config import MeshSection, ModelSection
 from s1jax.decoding.score import score_rows
 from s1jax.model.load import load_model
+from tests.processes import wait_until
+from tests.small_disk import small_disk
 from tests.tiny import QWEN2, model_directory
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +105,52 @@ def test_killed_and_started_again_every_line_is_there_once(directory: Path, tmp_
     assert run(directory, source, target, "batch_size=1").returncode == 0
     assert target.read_bytes() == undisturbed.read_bytes()
     assert [json.loads(line)["id"] for line in target.read_text().splitlines()] == [row["id"] for row in rows]
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_named_once_and_what_is_written_is_intact(directory: Path, tmp_path: Path) -> None:
+    source, rows = tmp_path / "in.jsonl", rows_of(200)
+    source.write_text("".join(json.dumps({"id": i, "input_ids": ids}) + "\n" for i, ids in enumerate(rows)))
+    undisturbed = tmp_path / "whole.jsonl"
+    assert run(directory, source, undisturbed, "batch_size=2").returncode == 0
+    with small_disk(tmp_path / "disk", "300k") as disk:
+        target = disk / "out.jsonl"
+        full = run(directory, source, target, "batch_size=2")
+        assert full.returncode == 1
+        said = [line for line in full.stderr.splitlines() if "No space left" in line]
+        assert said == [f"error: {target}: No space left on device; the lines before are intact"]
+        whole = target.read_bytes()
+        assert whole.endswith(b"\n")
+        assert undisturbed.read_bytes().startswith(whole)
+        subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
+        assert run(directory, source, target, "batch_size=2").returncode == 0
+        assert target.read_bytes() == undisturbed.read_bytes()
+
+
+@pytest.mark.slow
+def test_two_at_once_do_not_write_twice(directory: Path, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in rows_of(400)))
+    first = subprocess.Popen(
+        command(directory, source, target, "batch_size=1"), cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}
+    )
+    wait_until(target.exists, [first])
+    first.send_signal(signal.SIGSTOP)  # It lives, but will not be done before the second has looked.
+    second = run(directory, source, target)
+    assert second.returncode == 1
+    (said,) = [line for line in second.stderr.splitlines() if line.startswith("error: ")]
+    assert said.startswith(f"error: {target}: another run is writing here")
+    first.send_signal(signal.SIGCONT)
+    assert first.wait(timeout=300) == 0
+    assert [json.loads(line)["id"] for line in target.read_bytes().splitlines()] == list(range(400))
+
+
+def test_ids_that_are_there_twice_are_refused(directory: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "a"}\n{"text": "b", "id": 0}\n')
+    result = run(directory, source, tmp_path / "out.jsonl")
+    assert result.returncode == 1
+    assert "line 2: id 0 is that of line 1 too" in result.stderr
 
 
 def test_another_runs_output_is_refused_and_an_empty_input_gives_an_empty_output(
