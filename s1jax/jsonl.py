@@ -201,6 +201,10 @@ class RowWriter:
         self._lock.check()
         self._target.append(_encode(rows))
 
+    def flush(self) -> None:
+        """Write what is held back, before something is written that rests on it. Raises as `append` does."""
+        self._target.flush()
+
     def close(self) -> None:
         """Write what is held back. Raises as `append` does."""
         self._target.close()
@@ -246,6 +250,9 @@ class _AppendedFile:
                 raise WriteError(self._path, error, intact) from None
             raise
 
+    def flush(self) -> None:
+        """Nothing is held back."""
+
     def close(self) -> None:
         try:
             self._file.close()
@@ -265,6 +272,8 @@ class _PartObjects:
         """Of the part, which is replaced by a longer one until it is large."""
         self._pending = bytearray()
         self._guard = threading.Lock()
+        """Of `_pending`."""
+        self._writing = threading.Lock()
         self._error: OSError | InUseError | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._flush_in_time, name=f"writer of {directory}", daemon=True)
@@ -280,14 +289,18 @@ class _PartObjects:
     def close(self) -> None:
         self._closed.set()
         self._thread.join()
-        self._flush()
+        self.flush()
 
     def _flush_in_time(self) -> None:
         while not self._closed.wait(FLUSH_SECONDS):
             try:
-                self._flush()
+                self.flush()
             except (OSError, InUseError) as error:
                 self._error = error
+
+    def flush(self) -> None:
+        with self._writing:
+            self._flush()
 
     def _flush(self) -> None:
         with self._guard:

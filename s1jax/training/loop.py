@@ -243,6 +243,9 @@ class _Run:
                 termination.saving()
             # After the last step the model itself is written.
             if stop or (due and step != self.total_steps):
+                # First the lines of the steps before it: a run that goes on from there adds later ones only.
+                for tracker in trackers:
+                    tracker.flush()
                 checkpoints.save(state, self.loader.get_state())
                 cadence.saved()
             if stop:

@@ -21,6 +21,9 @@ class Tracker(Protocol):
     def log(self, step: int, numbers: dict[str, float]) -> None:
         """Record the numbers of a step."""
 
+    def flush(self) -> None:
+        """Write what is still held back, as far as a run that goes on from here must find it."""
+
     def close(self) -> None:
         """Write what is still held back."""
 
@@ -37,6 +40,10 @@ class MetricsFile:
     def log(self, step: int, numbers: dict[str, float]) -> None:
         """Append a line, as `RowWriter` does."""
         self._writer.append([{"step": step, **numbers}])
+
+    def flush(self) -> None:
+        """Write what is held back for a bucket."""
+        self._writer.flush()
 
     def close(self) -> None:
         """Make one file of it."""
@@ -59,6 +66,9 @@ class LiveLine:
         self._bar.n = step
         self._bar.refresh()
 
+    def flush(self) -> None:
+        """Nothing is held back."""
+
     def close(self) -> None:
         """Leave the line as it is."""
         self._bar.close()
@@ -77,6 +87,10 @@ class TensorBoard:
         """Add one scalar for each number."""
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        self._writer.flush()
 
     def close(self) -> None:
         """Write what is buffered."""
@@ -101,6 +115,9 @@ class WeightsAndBiases:
     def log(self, step: int, numbers: dict[str, float]) -> None:
         """Send the numbers."""
         self._run.log(numbers, step=step)
+
+    def flush(self) -> None:
+        """The library sends in its own time."""
 
     def close(self) -> None:
         """Send what is held back and end the run."""
