@@ -134,7 +134,7 @@ def test_evaluating_killed_and_started_again_is_as_on_a_disk(
     stop_within(process, output / "samples.jsonl")
     status, errors = run("evaluate", *words, f"output_dir={output}")
     assert status == 1
-    assert errors.splitlines()[-1].startswith(f"error: {output}: another run is writing here")
+    assert errors.splitlines()[-1].startswith(f"error: {output}/samples.jsonl: another run is writing here")
     kill(process)
     succeed("evaluate", *words, f"output_dir={output}")
     assert lines(output / "samples.jsonl") == lines(tmp_path / "run" / "samples.jsonl")

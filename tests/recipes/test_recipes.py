@@ -12,7 +12,8 @@ import yaml
 from tests.processes import free_port
 from tests.recipes import launchers
 from tests.test_launchers import V5P, machine
-from tests.training.conftest import Command, metrics
+from tests.tiny import model_directory
+from tests.training.conftest import metrics
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "docs" / "recipes"
@@ -78,8 +79,12 @@ def test_a_recipes_processes_find_each_other(name: str, words: list[str], tmp_pa
 
 
 @pytest.mark.slow
-def test_training_started_by_the_slurm_recipe(command: Command, tmp_path: Path) -> None:
-    words = command(tmp_path / "run", "training.max_steps=2", "mesh.fsdp=2")[2:]
+def test_training_started_by_the_slurm_recipe(tmp_path: Path) -> None:
+    traces = tmp_path / "traces.jsonl"
+    rows = [{"question": f"{i} + 3?", "thinking_trajectories": [f"I add {i}. "], "attempt": str(i)} for i in range(8)]
+    traces.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"model.path={model_directory(tmp_path / 'model')}", f"data.path={traces}", "data.block_size=256"]
+    words += [f"training.output_dir={tmp_path / 'run'}", "training.batch_size=4", "training.max_steps=2", "mesh.fsdp=2"]
     result = run_recipe("slurm.sh", ["train.py", *words], tmp_path, f'exec {sys.executable} "$@"')
     assert result.returncode == 0, result.stdout + result.stderr
     assert len(metrics(tmp_path / "run")) == 2
