@@ -4,7 +4,7 @@ import http.client
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 Rule = Callable[[str, str], int | None]
@@ -59,7 +59,8 @@ def refusing(settings: Mapping[str, str], rule: Rule) -> Iterator[dict[str, str]
                 self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(content)
+                with suppress(ConnectionError):  # a client that was killed or that has seen enough
+                    self.wfile.write(content)
 
         def log_message(self, *words: object) -> None:
             """Nothing."""
