@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from s1jax.decoding.budget import Phase, RowParams, RowState, Tables, step
 from s1jax.decoding.sampling import Sampling, sample, step_keys, token_logprobs
-from s1jax.mesh import constrain
+from s1jax.mesh import constrain, platform
 from s1jax.model.attention import CachedHeads
 from s1jax.model.qwen import CACHE_AXES, KVCache, Params, Qwen
 
@@ -100,7 +100,7 @@ def decode_chunk(
     cache: KVCache,
     rows: Rows,
 ) -> tuple[KVCache, RowState, Int[Array, " batch"], Chunk]:
-    """Take up to `steps` steps, fewer if every row finishes; the cache is updated in place.
+    """Take `steps` steps, on a CPU fewer if every row finishes; the cache is updated in place.
 
     The cache must have room for `steps` more tokens in each row that is not finished. Returns the cache, the rows'
     states and last tokens, and what was written.
@@ -112,7 +112,8 @@ def decode_chunk(
 
     def more(carry: tuple[Array, KVCache, RowState, Array, Chunk]) -> Bool[Array, ""]:
         taken, _, state, _, _ = carry
-        return (taken < steps) & jnp.any(state.phase != Phase.DONE)
+        # A count that is known beforehand is kept by the host, which elsewhere would wait for each step's answer.
+        return (taken < steps) & jnp.any(state.phase != Phase.DONE) if platform() == "cpu" else taken < steps
 
     def take(carry: tuple[Array, KVCache, RowState, Array, Chunk]) -> tuple[Array, KVCache, RowState, Array, Chunk]:
         taken, cache, state, last_token, chunk = carry

@@ -313,7 +313,14 @@ def _fingerprint(examples: list[Example]) -> str:
 def _versions() -> dict[str, str]:
     """Packages and the commit that this run is made with."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "s1jax")
-    versions = {name: importlib.metadata.version(name) for name in names}
+    versions = {name: _version(name) for name in names}
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {**versions, "commit": commit or "unknown"}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # Run from a checkout on the path.
