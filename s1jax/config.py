@@ -26,7 +26,7 @@ def _check_path(text: str) -> str:
 PathText = Annotated[str, AfterValidator(_check_path)]
 """A local path, gs:// or s3://, or the name of something on the hub; for `paths.any_path`."""
 
-Implementation = Literal["auto", "plain", "chunked", "blocks", "kernel", "cudnn", "triton", "splash"]
+Implementation = Literal["auto", "plain", "chunked", "blocks", "kernel", "cudnn", "splash"]
 """Of attention; `model.attention.attention` says what each is."""
 Remat = Literal["none", "dots", "heads", "gate", "full"]
 

@@ -1,6 +1,7 @@
 """A store that sometimes refuses: a server on loopback that passes requests on, but for those that a rule picks."""
 
 import http.client
+import re
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
@@ -8,9 +9,15 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 Rule = Callable[[str, str], int | None]
-"""From a request's method and unquoted path to the status that it is refused with."""
+"""From a request's method and unquoted path to the status that it is refused with. Of an upload of which only the body
+says what it is to be called, that name follows the path."""
 _CODES = {403: "AccessDenied", 503: "SlowDown"}
 _HOP = {"transfer-encoding", "connection", "content-length"}
+
+
+def _name_in(path: str, body: bytes) -> str:
+    found = re.search(rb'"name": ?"([^"]+)"', body[:4096]) if "uploadType=multipart" in path else None
+    return f" {found[1].decode()}" if found else ""
 
 
 @contextmanager
@@ -25,7 +32,7 @@ def refusing(settings: Mapping[str, str], rule: Rule) -> Iterator[dict[str, str]
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             if self.headers.get("Transfer-Encoding") == "chunked":
                 body = self._chunks()
-            status = rule(self.command, urllib.parse.unquote(self.path))
+            status = rule(self.command, urllib.parse.unquote(self.path) + _name_in(self.path, body))
             if status:
                 content = f"<Error><Code>{_CODES[status]}</Code><Message>refused by the test</Message></Error>".encode()
                 return self._send(status, {"Content-Type": "application/xml"}, content)

@@ -122,6 +122,19 @@ class StepLoader(Iterator[Batch]):
         """How many of all the steps have each shape."""
         return dict(Counter(self._plan(step).shape for step in range(len(self))))
 
+    @cached_property
+    def squared_lengths(self) -> dict[Shape, float]:
+        """Of a step of each shape, the squares of its examples' lengths together; the mean over all such steps."""
+        sums = Counter[Shape]()
+        for step in range(len(self)):
+            sums[self._plan(step).shape] += self.counts(step).squared_lengths
+        return {shape: sums[shape] / steps for shape, steps in self.shapes.items()}
+
+    @cached_property
+    def most_segments(self) -> int:
+        """The most examples that a row of any step has."""
+        return max(len(row) for plan in self._tight_plans for row in plan.rows)
+
     @property
     def padding_share(self) -> float:
         """The share of padding in all rows of all steps."""
@@ -204,6 +217,7 @@ class StepLoader(Iterator[Batch]):
             self._plan(step),
             num_microbatches=self._num_microbatches,
             row_shard=self._row_shard,
+            most_segments=self.most_segments,
             loss_average=self._loss_average,
             pad_id=self._pad_id,
         )

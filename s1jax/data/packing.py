@@ -61,6 +61,8 @@ class Batch(NamedTuple):
     """Position within the example, from 0."""
     segment_ids: Int32[Any, "microbatches rows length"]
     """1, 2, 3, ... for the examples of a row, 0 for padding."""
+    segment_lengths: Int32[Any, "microbatches rows segments"]
+    """Tokens of each example of a row, in order, then zeros; GPU's attention wants them beside the segment ids."""
     weights: Float32[Any, "microbatches rows length"]
     """Weight of each target in the loss of the step."""
 
@@ -152,6 +154,7 @@ def build_batch(
     *,
     num_microbatches: int,
     row_shard: tuple[int, int],
+    most_segments: int,
     loss_average: LossAverage,
     pad_id: int,
 ) -> Batch:
@@ -163,6 +166,7 @@ def build_batch(
         num_microbatches: microbatches that the rows are divided into, evenly.
         row_shard: (index, count): the rows of each microbatch are divided into `count` contiguous equal
             parts, and part `index` is built.
+        most_segments: room for the lengths of a row's examples; no row has more.
         loss_average: "sample" averages each example's mean token loss over the step's examples, as s1's
             training did (one example per device, plain averages over devices); "token" averages over all
             trained tokens of the step.
@@ -178,6 +182,7 @@ def build_batch(
         targets=np.zeros(shape, np.int32),
         positions=np.zeros(shape, np.int32),
         segment_ids=np.zeros(shape, np.int32),
+        segment_lengths=np.zeros((*row_indices.shape, most_segments), np.int32),
         weights=np.zeros(shape, np.float32),
     )
     for (microbatch, row), row_index in np.ndenumerate(row_indices):
@@ -190,6 +195,7 @@ def build_batch(
             batch.input_ids[here] = ids
             batch.positions[here] = np.arange(ids.size)
             batch.segment_ids[here] = segment
+            batch.segment_lengths[microbatch, row, segment - 1] = ids.size
             batch.targets[predicting] = ids[1:]
             batch.weights[predicting] = mask[1:] / divisor
             start += ids.size

@@ -5,6 +5,7 @@ Every implementation honours segment ids; none lets two packed examples see each
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,16 @@ from jaxtyping import Array, Bool, Float, Int
 from s1jax.config import Implementation
 from s1jax.mesh import LOGICAL_AXES, platform
 from s1jax.model import cpu_kernel
+from s1jax.model.accelerator_attention import (
+    Heads,
+    KeyValueHeads,
+    cudnn_attention,
+    cudnn_takes_packed_rows,
+    splash_attention,
+)
 from s1jax.model.block_attention import BLOCK, block_attention
 from s1jax.model.projection import precision_of
 
-Heads = Float[Array, "batch length heads head_dim"]
-KeyValueHeads = Float[Array, "batch length kv_heads head_dim"]
 CachedHeads = Float[Array, "batch kv_heads slots head_dim"]
 
 _SCORES_PER_CHUNK = 2**26
@@ -33,21 +39,24 @@ def attention(
     value: KeyValueHeads,
     *,
     segment_ids: Int[Array, "batch length"] | None = None,
+    segment_lengths: Int[Array, "batch segments"] | None = None,
     implementation: Implementation = "auto",
 ) -> Heads:
     """Softmax attention of each token over itself and those before it, scaled by 1/sqrt(head_dim); softmax in float32.
 
-    `segment_ids` (0 = padding) confine each query to the keys of its own segment.
+    `segment_ids` (0 = padding) confine each query to the keys of its own segment. `segment_lengths` are the tokens of
+    the segments of each row, 1, 2, ... in order and zeros after them; only "cudnn" reads them.
 
     `implementation`: "plain" holds all scores at once; "chunked" a bounded number, on any platform; "blocks" and
-    "kernel" (one device with AVX-512; computes in float32) are for CPU, "cudnn" (no segment ids, half precision) and
-    "triton" for GPU, "splash" for TPU; "auto" takes the best that applies.
+    "kernel" (one device with AVX-512; computes in float32) are for CPU, "cudnn" (half precision; packed rows from
+    Hopper on) for GPU, "splash" for TPU; "auto" takes the best that applies.
     Raises ValueError where an implementation named outright does not apply.
     """
     key, value = _repeat_for_tensor_axis(key, 2), _repeat_for_tensor_axis(value, 2)
-    name = _choose(query, segment_ids) if implementation == "auto" else implementation
+    packed = segment_ids is not None
+    name = _choose(query, packed, packed and segment_lengths is None) if implementation == "auto" else implementation
     if name in _FLASH:
-        return _sharded(_FLASH[name], query, key, value, segment_ids)
+        return _sharded(_FLASH[name], query, key, value, segment_ids, segment_lengths)
     chunk = _chunk_length(query) if name == "chunked" else query.shape[1]
     return _in_chunks(query, key, value, segment_ids, chunk)
 
@@ -76,7 +85,7 @@ def cached_attention(
     return (context / total).astype(query.dtype).reshape(query.shape)
 
 
-def _choose(query: Heads, segment_ids: Array | None) -> Implementation:
+def _choose(query: Heads, packed: bool, lengths_unknown: bool) -> Implementation:
     length = query.shape[1]
     if cpu_kernel.available(jnp.float32):
         return "kernel"
@@ -87,8 +96,8 @@ def _choose(query: Heads, segment_ids: Array | None) -> Implementation:
         on = platform()
         if on == "tpu":
             return "splash"
-        if on in ("gpu", "cuda"):
-            return "cudnn" if segment_ids is None else "triton"
+        if on in ("gpu", "cuda") and not lengths_unknown and (not packed or cudnn_takes_packed_rows()):
+            return "cudnn"
     return "plain" if length <= _SHORT else "chunked"
 
 
@@ -166,23 +175,22 @@ def _sharded(
     key: KeyValueHeads,
     value: KeyValueHeads,
     segment_ids: Int[Array, "batch length"] | None,
+    segment_lengths: Int[Array, "batch segments"] | None,
 ) -> Heads:
     """Run a kernel that the partitioner cannot see into on each shard's own rows and heads."""
+    operands = (query, key, value, segment_ids, segment_lengths)
     if jax.sharding.get_abstract_mesh().empty:
-        return kernel(query, key, value, segment_ids)
+        return kernel(*operands)
     batch, heads = LOGICAL_AXES["batch"], LOGICAL_AXES["heads"]
     qkv, rows = PartitionSpec(batch, None, heads, None), PartitionSpec(batch, None)
-    if segment_ids is None:
-        local = jax.shard_map(
-            lambda q, k, v: kernel(q, k, v, None), in_specs=(qkv,) * 3, out_specs=qkv, check_vma=False
-        )
-        return local(query, key, value)
-    return jax.shard_map(kernel, in_specs=(qkv, qkv, qkv, rows), out_specs=qkv, check_vma=False)(
-        query, key, value, segment_ids
-    )
+    return jax.shard_map(kernel, in_specs=(qkv, qkv, qkv, rows, rows), out_specs=qkv, check_vma=False)(*operands)
 
 
-def _kernel(query: Heads, key: KeyValueHeads, value: KeyValueHeads, segment_ids: Array | None) -> Heads:
+def _blocks(query: Heads, key: KeyValueHeads, value: KeyValueHeads, segment_ids: Array | None, _: Any) -> Heads:
+    return block_attention(query, key, value, segment_ids)
+
+
+def _kernel(query: Heads, key: KeyValueHeads, value: KeyValueHeads, segment_ids: Array | None, _: Any) -> Heads:
     if not cpu_kernel.available(jnp.float32):
         raise ValueError("attention: kernel runs on one CPU device with AVX-512")
     if segment_ids is None:
@@ -191,55 +199,9 @@ def _kernel(query: Heads, key: KeyValueHeads, value: KeyValueHeads, segment_ids:
     return cpu_kernel.packed_attention(*wide, segment_ids).astype(query.dtype)
 
 
-def _cudnn(query: Heads, key: KeyValueHeads, value: KeyValueHeads, segment_ids: Array | None) -> Heads:
-    if segment_ids is not None:
-        raise ValueError("attention: cudnn has no segment ids; use triton for packed rows")
-    return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
-
-
-def _triton(query: Heads, key: KeyValueHeads, value: KeyValueHeads, segment_ids: Array | None) -> Heads:
-    from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
-
-    groups = query.shape[2] // key.shape[2]
-    key, value = jnp.repeat(key, groups, axis=2), jnp.repeat(value, groups, axis=2)
-    # The library's default backward blocks of 32 starve the tensor cores; 64 still fits an H100's shared memory.
-    blocks = BlockSizes(128, 64, block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64)
-    scale = query.shape[-1] ** -0.5
-    return mha(query, key, value, segment_ids, sm_scale=scale, causal=True, block_sizes=blocks)
-
-
-def _splash(query: Heads, key: KeyValueHeads, value: KeyValueHeads, segment_ids: Array | None) -> Heads:
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    length, heads, head_dim = query.shape[1:]
-    block = next(size for size in (512, 256, 128) if length % size == 0)
-    kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
-        head_shards=1,
-        q_seq_shards=1,
-        block_sizes=splash.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            use_fused_bwd_kernel=True,
-        ),
-    )
-
-    def row(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
-        ids = None if segments is None else splash.SegmentIds(segments, segments)
-        return kernel(q, k, v, segment_ids=ids)
-
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (query * head_dim**-0.5, key, value))
-    axes = (0, 0, 0, None if segment_ids is None else 0)
-    return jnp.swapaxes(jax.vmap(partial(row), in_axes=axes)(q, k, v, segment_ids), 1, 2)
-
-
 _FLASH: dict[str, Callable[..., Heads]] = {
-    "blocks": block_attention,
+    "blocks": _blocks,
     "kernel": _kernel,
-    "cudnn": _cudnn,
-    "triton": _triton,
-    "splash": _splash,
+    "cudnn": cudnn_attention,
+    "splash": splash_attention,
 }

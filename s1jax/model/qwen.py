@@ -141,7 +141,14 @@ class Attention(nnx.Module):
         if cache is not None and x.shape[1] == 1:
             context = cached_attention(query[:, 0], *cache, inputs.positions[:, 0])[:, None]
         else:
-            context = attention(query, key, value, segment_ids=inputs.segment_ids, implementation=self.implementation)
+            context = attention(
+                query,
+                key,
+                value,
+                segment_ids=inputs.segment_ids,
+                segment_lengths=inputs.segment_lengths,
+                implementation=self.implementation,
+            )
         return project(context, self.output[...], inputs=2, outputs_first=self.outputs_first), cache
 
 
@@ -184,6 +191,7 @@ class _Inputs(NamedTuple):
     rotations: tuple[Array, Array]
     positions: Int[Array, "batch length"]
     segment_ids: Int[Array, "batch length"] | None
+    segment_lengths: Int[Array, "batch segments"] | None
 
 
 class DecoderLayer(nnx.Module):
@@ -307,12 +315,15 @@ class Qwen:
         positions: Int[Array, "batch length"],
         segment_ids: Int[Array, "batch length"] | None = None,
         cache: KVCache | None = None,
+        *,
+        segment_lengths: Int[Array, "batch segments"] | None = None,
     ) -> tuple[Hidden, KVCache | None]:
         """Run the layers; returns the normalised hidden states, and the cache with these tokens written.
 
         `positions` are the rotary positions, and the slots that tokens are written to. With a cache, `params` are
         unrolled, and there is one token for each row, which sees the slots up to its own, or several, which begin an
-        empty cache at slot 0. `segment_ids` (0 = padding) keep packed examples apart; not with a cache.
+        empty cache at slot 0. `segment_ids` (0 = padding) keep packed examples apart, `segment_lengths` tell GPU's
+        attention how long each is; not with a cache.
         Unrolled `params` (`abstract_params(stacked=False)`) run layer by layer, stacked ones are scanned.
         """
         stacked = "attention" in params["layers"]
@@ -324,7 +335,7 @@ class Qwen:
         frequencies, magnitude = rope_frequencies(self.config)
         rotations = rope_rotations(positions, frequencies, magnitude)
         rotations = jax.tree.map(lambda r: constrain(r, "batch", "length", *[None] * (r.ndim - 2)), rotations)
-        inputs = _Inputs(rotations, positions, segment_ids)
+        inputs = _Inputs(rotations, positions, segment_ids, segment_lengths)
         if stacked:
             return decoder.norm(self._scan(decoder.layers, x, inputs)), None
         x, cache = self._unroll(decoder.layers, x, inputs, cache)

@@ -14,6 +14,8 @@ from typing import Any
 from s1jax.model.flops import PEAK_FLOPS
 
 GIB = 2**30
+_CUDNN = 91_000
+"""The version of cuDNN that GPUs are planned with, 9.10, as cuDNN writes it."""
 
 
 class PlanError(ValueError):
@@ -137,6 +139,8 @@ class Target:
                 )
         except (RuntimeError, ValueError, NotImplementedError) as error:
             raise PlanError(f"{self}: the compiler does not take this target: {error}") from error
+        if self.hardware.platform == "cuda":
+            _answer_for(self.hardware)
         return topology.devices
 
 
@@ -150,6 +154,20 @@ def parse_target(text: str) -> Target:
     if 0 in shape or (hardware.platform == "cuda" and len(shape) != 2):
         raise PlanError(f"plan target {text!r}: the shape of GPUs is HOSTSxGPUS, as in h100:2x8")
     return Target(hardware, shape)
+
+
+def _answer_for(hardware: Hardware) -> None:
+    """Let jax's questions about cuDNN be answered for this GPU: it asks the one that it finds, and here is none."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    major, minor = (int(digits) for digits in re.findall(r"(?:major|minor): (\d+)", hardware.gpu)[:2])
+
+    def at_least(capability: str) -> bool:
+        return (major, minor) >= tuple(map(int, capability.split(".")))
+
+    fused_attention_stablehlo.check_cudnn_version = lambda: _CUDNN
+    fused_attention_stablehlo.check_compute_capability = at_least
+    fused_attention_stablehlo.is_cuda_compute_capability_equal = lambda capability: capability == f"{major}.{minor}"
 
 
 def check_compiler(platform: str) -> None:

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 
 from s1jax.config import Remat, TrainConfig
 from s1jax.data.examples import Example
-from s1jax.data.packing import Batch
+from s1jax.data.loader import StepLoader
+from s1jax.data.packing import Batch, Shape
 from s1jax.mesh import make_mesh
 from s1jax.model.architectures import known_architecture
 from s1jax.model.config import QwenConfig
@@ -32,8 +33,9 @@ from s1jax.planning.storage import Storage, plan_storage
 from s1jax.training.loop import for_rows, step_loader, training_model
 from s1jax.training.step import abstract_state, batch_sharding, compile_step
 
-_KERNELS = ("triton", "cudnn", "tpu_custom_call")
-"""Parts of the names that attention kernels are called by."""
+_KERNELS = {"cudnn": False, "tpu_custom_call": True}
+"""Parts of the names that attention kernels are called by, and whether they compute the scores of other examples too,
+only to mask them."""
 _BACKWARD_UNITS = 2.5
 """Matrix products of a flash kernel's backward pass, in those of its forward pass."""
 
@@ -136,10 +138,10 @@ def plan_run(
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     lengths, source = example_lengths(config)
     loader = step_loader(config, _examples(lengths), mesh, (0, 1), 0)
-    planner = _Planner(config, target, mesh, training_model(config, architecture), len(loader))
+    planner = _Planner(config, target, mesh, training_model(config, architecture), loader)
     largest_first = sorted(loader.shapes.items(), key=lambda item: -item[0][0] * item[0][1])
     compiled = largest_first[:1] if largest_only else largest_first
-    shapes = [planner.plan_shape(rows, length, steps) for (rows, length), steps in compiled]
+    shapes = [planner.plan_shape(shape, steps) for shape, steps in compiled]
     positions = sum(rows * length * steps for (rows, length), steps in largest_first)
     planned = sum(shape.rows * shape.length * shape.steps for shape in shapes)
     seconds = positions / planned * sum(shape.steps * shape.estimate.total for shape in shapes)
@@ -171,9 +173,10 @@ def _examples(lengths: np.ndarray) -> list[Example]:
 class _Planner:
     """Compiles the steps of one run."""
 
-    def __init__(self, config: TrainConfig, target: Target, mesh: Mesh, model: Qwen, steps: int):
+    def __init__(self, config: TrainConfig, target: Target, mesh: Mesh, model: Qwen, loader: StepLoader):
         self._config, self._target, self._mesh, self._model = config, target, mesh, model
-        self.total_steps = min(steps, config.training.max_steps or steps)
+        self._loader = loader
+        self.total_steps = min(len(loader), config.training.max_steps or len(loader))
         # Devices to compile for hold no array, not even optax's placeholders: all this is made without the mesh in use.
         self._state = abstract_state(model, config.optimizer, mesh)
         self.parameters: dict[str, str] = {}
@@ -197,10 +200,11 @@ class _Planner:
             gigabytes_per_second=config.plan.storage_gigabytes_per_second,
         )
 
-    def plan_shape(self, rows: int, length: int, steps: int) -> ShapePlan:
+    def plan_shape(self, shape: Shape, steps: int) -> ShapePlan:
         """Compile the step for rows of this shape. Raises PlanError if the compiler finds no room for it."""
         started = time.perf_counter()
-        batch = self._batch(rows, length)
+        rows, length = shape
+        batch = self._batch(shape)
         model = for_rows(self._model, self._config.model, length)
         step: Any = compile_step(model, self._config.optimizer, self.total_steps, self._mesh)
         try:
@@ -214,7 +218,7 @@ class _Planner:
         seconds = time.perf_counter() - started
         self.parameters = self._parameters(compiled)
         program, config = Program(compiled.as_text()), self._model.config
-        kernel_flops = self._kernel_flops(program, rows, length, model.remat)
+        kernel_flops = self._kernel_flops(program, shape, model.remat)
         efficiency = self._config.plan.efficiency
         return ShapePlan(
             rows=rows,
@@ -236,22 +240,31 @@ class _Planner:
             compile_seconds=seconds,
         )
 
-    def _batch(self, rows: int, length: int) -> Batch:
+    def _batch(self, shape: Shape) -> Batch:
         microbatches = self._config.training.gradient_accumulation_steps
-        shape = (microbatches, rows // microbatches, length)
-        dtypes = (jnp.int32, jnp.int32, jnp.int32, jnp.int32, jnp.float32)
+        rows = (microbatches, shape.rows // microbatches)
+        columns = {"segment_lengths": self._loader.most_segments}
+        dtypes = {"weights": jnp.float32}
         sharding = batch_sharding(self._mesh)
-        return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in dtypes))
+        return Batch(
+            *(
+                jax.ShapeDtypeStruct(
+                    (*rows, columns.get(name, shape.length)), dtypes.get(name, jnp.int32), sharding=sharding
+                )
+                for name in Batch._fields
+            )
+        )
 
-    def _kernel_flops(self, program: Program, rows: int, length: int, remat: Remat) -> float:
+    def _kernel_flops(self, program: Program, shape: Shape, remat: Remat) -> float:
         """Of one device; 0 where attention is not a kernel, and its products are among the others."""
-        if not any(part in kernel for kernel in program.kernels for part in _KERNELS):
+        masks = [whole for name, whole in _KERNELS.items() if any(name in kernel for kernel in program.kernels)]
+        if not masks:
             return 0.0
+        squares = shape.rows * shape.length**2 if any(masks) else self._loader.squared_lengths[shape]
         forward_passes = 1 if remat == "none" else 2
-        # The model's attention is a forward pass and a backward pass of two; kernels see all keys of a row, other
-        # examples' too.
+        # The model's attention is a forward pass and a backward pass of two.
         share = (forward_passes + _BACKWARD_UNITS) / 3
-        return share * attention_flops(self._model.config, rows * length**2) / self._mesh.size
+        return share * attention_flops(self._model.config, squares) / self._mesh.size
 
     def _parameters(self, compiled: Any) -> dict[str, str]:
         (shardings, _), _ = compiled.input_shardings

@@ -265,8 +265,8 @@ class _Run:
         _, parts = process_row_shard(self.mesh)
 
         def place(local: np.ndarray) -> jax.Array:
-            microbatches, rows, length = local.shape
-            return jax.make_array_from_process_local_data(sharding, local, (microbatches, rows * parts, length))
+            microbatches, rows, columns = local.shape
+            return jax.make_array_from_process_local_data(sharding, local, (microbatches, rows * parts, columns))
 
         return Batch(*map(place, batch))
 

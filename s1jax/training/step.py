@@ -50,7 +50,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def loss(model: Qwen, params: Params, batch: Batch) -> Float[Array, ""]:
     """Weighted negative log-likelihood of one microbatch (no microbatch axis), in float32."""
-    hidden, _ = model.hidden_states(params, batch.input_ids, batch.positions, batch.segment_ids)
+    hidden, _ = model.hidden_states(
+        params, batch.input_ids, batch.positions, batch.segment_ids, segment_lengths=batch.segment_lengths
+    )
     logprobs, _ = token_logprobs(model, params, hidden, batch.targets)
     return -jnp.sum(jnp.where(batch.weights > 0, batch.weights * logprobs, 0.0))
 

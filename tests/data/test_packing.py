@@ -143,6 +143,7 @@ def build(examples, step_plan, num_microbatches=1, row_shard=(0, 1), loss_averag
         step_plan,
         num_microbatches=num_microbatches,
         row_shard=row_shard,
+        most_segments=max(len(row) for row in step_plan.rows),
         loss_average=loss_average,
         pad_id=PAD_ID,
     )
@@ -159,8 +160,9 @@ def test_two_examples_in_a_row_exactly():
     assert batch.targets.tolist() == [[[22, 23, 24, 0, 12, 13, 0, 0]], [[0] * 8]]
     assert batch.positions.tolist() == [[[0, 1, 2, 3, 0, 1, 2, 0]], [[0] * 8]]
     assert batch.segment_ids.tolist() == [[[1, 1, 1, 1, 2, 2, 2, 0]], [[0] * 8]]
+    assert batch.segment_lengths.tolist() == [[[4, 3]], [[0, 0]]]
     assert batch.weights.tolist() == [[[0, 0, 0.5, 0, 0.25, 0.25, 0, 0]], [[0] * 8]]
-    assert [array.dtype for array in batch] == [np.int32] * 4 + [np.float32]
+    assert [array.dtype for array in batch] == [np.int32] * 5 + [np.float32]
     by_token = build(examples, step_plan, num_microbatches=2, loss_average="token")
     np.testing.assert_allclose(by_token.weights[0, 0], np.array([0, 0, 1, 0, 1, 1, 0, 0]) / 3, rtol=1e-6)
 
@@ -179,14 +181,19 @@ def test_the_rows_hold_the_examples(lengths, num_shards, num_microbatches, packi
     step_plan = plan(lengths, num_shards * num_microbatches, packing=packing)
     batch = build(examples, step_plan, num_microbatches, loss_average=loss_average)
     shape = (num_microbatches, len(step_plan.rows) // num_microbatches, step_plan.row_length)
-    assert {array.shape for array in batch} == {shape}
+    *by_position, lengths_of, weights = batch
+    assert {array.shape for array in (*by_position, weights)} == {shape}
     np.testing.assert_allclose(batch.weights.sum(dtype=np.float64), 1, rtol=1e-5)
 
-    ids, targets, positions, segments, weights = (array.reshape(-1, step_plan.row_length) for array in batch)
+    arrays = (*by_position, weights)
+    ids, targets, positions, segments, weights = (array.reshape(-1, step_plan.row_length) for array in arrays)
+    lengths_of = lengths_of.reshape(len(step_plan.rows), -1)
     all_trained = sum(int(e.loss_mask.sum()) for e in examples)
     for row, indices in enumerate(step_plan.rows):
         # Contiguous examples from the left, numbered from 1, then padding.
         expected = [n for n, index in enumerate(indices, 1) for _ in range(lengths[index])]
+        assert lengths_of[row, : len(indices)].tolist() == [lengths[index] for index in indices]
+        assert not lengths_of[row, len(indices) :].any()
         assert segments[row].tolist() == expected + [0] * (step_plan.row_length - len(expected))
         for n, index in enumerate(indices, 1):
             here = segments[row] == n

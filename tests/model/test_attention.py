@@ -126,5 +126,5 @@ def test_chunked_memory_does_not_grow_with_the_length_squared() -> None:
 def test_what_an_implementation_cannot_do_is_refused() -> None:
     query, key, value = arrays(1, 4, 4, 2, 2)
     ids = jnp.ones((1, 4), jnp.int32)
-    with pytest.raises(ValueError, match="cudnn has no segment ids; use triton"):
+    with pytest.raises(ValueError, match="cudnn needs the lengths of the examples"):
         attention(query, key, value, segment_ids=ids, implementation="cudnn")

@@ -122,7 +122,8 @@ def test_a_small_run_has_the_planned_memory_and_arithmetic() -> None:
     state = abstract_state(model, OptimizerSection(), mesh)
     step: Any = compile_step(model, OptimizerSection(), 10, mesh)
     ids = np.ones((1, 16, 128), np.int32)
-    batch = Batch(ids, ids, np.broadcast_to(np.arange(128, dtype=np.int32), ids.shape), ids, ids.astype(np.float32))
+    positions, lengths = np.broadcast_to(np.arange(128, dtype=np.int32), ids.shape), np.full((1, 16, 1), 128, np.int32)
+    batch = Batch(ids, ids, positions, ids, lengths, ids.astype(np.float32))
     placed = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh)), batch)
     with jax.set_mesh(mesh):
         program = Program(step.lower(state, batch).compile().as_text())

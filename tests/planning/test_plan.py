@@ -56,10 +56,8 @@ def test_the_32b_step_fits_16_h100s_with_full_rows(tmp_path: Path) -> None:
     assert shape["memory"]["parameters"] == pytest.approx(WHOLE_MODEL / 16, rel=0.01)
     assert shape["memory"]["optimizer"] == pytest.approx(WHOLE_MODEL / 8, rel=0.01)
     check_parameters(content, fsdp=8, tensor=2)
-    # Flash attention with segment ids, forward, again for the backward pass, and two kernels there.
-    (kernel,) = shape["kernels"]
-    assert "triton" in kernel
-    assert shape["kernels"][kernel] == 4 * 64 * 2
+    # cuDNN's flash attention: forward, again for the backward pass, and there.
+    assert shape["kernels"] == {"__cudnn$fmhaSoftmax": 2 * 64 * 2, "__cudnn$fmhaSoftmaxBackward": 64 * 2}
     assert shape["score_arrays"] == 0
     check_exchange(shape, microbatches=2)
     assert "fits" in content["text"]

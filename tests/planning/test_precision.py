@@ -30,11 +30,12 @@ model = Qwen(config, dtype=jnp.float32, param_dtype=jnp.float32)
 state = abstract_state(model, OptimizerSection(), mesh)
 step = compile_step(model, OptimizerSection(), 10, mesh)
 rows = jax.ShapeDtypeStruct((1, 4, 256), jnp.int32, sharding=batch_sharding(mesh))
+segments = jax.ShapeDtypeStruct((1, 4, 2), jnp.int32, sharding=batch_sharding(mesh))
 weights = jax.ShapeDtypeStruct((1, 4, 256), jnp.float32, sharding=batch_sharding(mesh))
 with jax.set_mesh(mesh):
     params = model.abstract_params(mesh, stacked=False)
     score = _score_batch.lower(model, params, jax.ShapeDtypeStruct((4, 200), jnp.int32))
-    train = step.lower(state, Batch(rows, rows, rows, rows, weights))
+    train = step.lower(state, Batch(rows, rows, rows, rows, segments, weights))
     products = [
         line.strip()
         for program in (score, train)

@@ -108,7 +108,8 @@ def some_batch(microbatches: int, rows: int, seed: int = 0):
     positions = np.tile(np.arange(32), (8, 1))
     arrays = [rng.integers(0, 368, shape), rng.integers(0, 368, shape), positions, np.ones(shape, int)]
     weights = rng.random(shape).astype(np.float32) / 256
-    return Batch(*(jnp.asarray(x.reshape(microbatches, rows, 32)) for x in (*arrays, weights)))
+    lengths = np.full((8, 1), 32)
+    return Batch(*(jnp.asarray(x.reshape(microbatches, rows, -1)) for x in (*arrays, lengths, weights)))
 
 
 def test_accumulated_gradients_are_those_of_the_big_batch() -> None:
@@ -124,7 +125,8 @@ def test_the_logits_of_all_tokens_are_never_there_at_once(monkeypatch: pytest.Mo
     vocab_size = 5003  # A prime: arrays over the vocabulary are told by their shape.
     monkeypatch.setattr("s1jax.model.token_logprobs._LOGITS_PER_CHUNK", 512 * vocab_size)
     model = Qwen(QwenConfig.from_hf({**QWEN2, "vocab_size": vocab_size}), dtype=jnp.float32)
-    batch = Batch(*[jnp.zeros((1, 8, 512), jnp.int32)] * 4, jnp.zeros((1, 8, 512)))
+    ids = jnp.zeros((1, 8, 512), jnp.int32)
+    batch = Batch(ids, ids, ids, ids, jnp.zeros((1, 8, 1), jnp.int32), jnp.zeros((1, 8, 512)))
     compute = jax.jit(lambda p, b: gradients(model, p, b))
     text = compute.lower(model.abstract_params(), batch).compile().as_text()
     shapes = [tuple(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", text)]
