@@ -23,6 +23,7 @@ from s1jax.device_memory import peak_resident_bytes
 from s1jax.mesh import batch_shards
 from s1jax.model.config import QwenConfig
 from s1jax.model.hf import load_params, resolve_model
+from s1jax.model.kernel_check import checked
 from s1jax.model.load import LoadedModel, build_model, inference_param_dtype, model_mesh
 from s1jax.model.qwen import KVCache
 from s1jax.paths import any_path, write_whole
@@ -109,6 +110,7 @@ def _measured(config: BenchmarkConfig) -> Row:
     has_weights = any(file.suffix == ".safetensors" for file in directory.iterdir())
     param_dtype = inference_param_dtype(config.model, directory, mesh) if has_weights else config.model.dtype
     model = build_model(config.model, QwenConfig.from_directory(directory), param_dtype=param_dtype)
+    model = checked(model, gradients=False)
     with jax.set_mesh(mesh):
         if has_weights:
             params = load_params(directory, model, mesh, stacked=False)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from s1jax.config import Implementation
@@ -53,10 +54,12 @@ def attention(
     Raises ValueError where an implementation named outright does not apply.
     """
     key, value = _repeat_for_tensor_axis(key, 2), _repeat_for_tensor_axis(value, 2)
-    packed = segment_ids is not None
-    name = _choose(query, packed, packed and segment_lengths is None) if implementation == "auto" else implementation
-    if name in _FLASH:
-        return _sharded(_FLASH[name], query, key, value, segment_ids, segment_lengths)
+    name = implementation
+    if name == "auto":
+        lengths_known = segment_ids is None or segment_lengths is not None
+        name = choose(query.shape[1], query.dtype, packed=segment_ids is not None, lengths_known=lengths_known)
+    if name in KERNELS:
+        return _sharded(KERNELS[name], query, key, value, segment_ids, segment_lengths)
     chunk = _chunk_length(query) if name == "chunked" else query.shape[1]
     return _in_chunks(query, key, value, segment_ids, chunk)
 
@@ -85,18 +88,18 @@ def cached_attention(
     return (context / total).astype(query.dtype).reshape(query.shape)
 
 
-def _choose(query: Heads, packed: bool, lengths_unknown: bool) -> Implementation:
-    length = query.shape[1]
+def choose(length: int, dtype: DTypeLike, *, packed: bool, lengths_known: bool) -> Implementation:
+    """What "auto" takes for rows of this many tokens, packed or not, on the platform compiled for."""
     if cpu_kernel.available(jnp.float32):
         return "kernel"
     if length > BLOCK and platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1:
         return "blocks"
     # The accelerators' kernels multiply float32 in less than float32.
-    if length % 128 == 0 and query.dtype != jnp.float32:
+    if length % 128 == 0 and dtype != jnp.float32:
         on = platform()
         if on == "tpu":
             return "splash"
-        if on in ("gpu", "cuda") and not lengths_unknown and (not packed or cudnn_takes_packed_rows()):
+        if on in ("gpu", "cuda") and lengths_known and (not packed or cudnn_takes_packed_rows()):
             return "cudnn"
     return "plain" if length <= _SHORT else "chunked"
 
@@ -199,7 +202,7 @@ def _kernel(query: Heads, key: KeyValueHeads, value: KeyValueHeads, segment_ids:
     return cpu_kernel.packed_attention(*wide, segment_ids).astype(query.dtype)
 
 
-_FLASH: dict[str, Callable[..., Heads]] = {
+KERNELS: dict[str, Callable[..., Heads]] = {
     "blocks": _blocks,
     "kernel": _kernel,
     "cudnn": cudnn_attention,

@@ -24,6 +24,7 @@ from s1jax.model.config import QwenConfig
 from s1jax.model.export import export_model, is_exported
 from s1jax.model.flops import peak_flops, training_flops
 from s1jax.model.hf import load_params, resolve_model
+from s1jax.model.kernel_check import checked
 from s1jax.model.load import build_model
 from s1jax.model.qwen import Params, Qwen
 from s1jax.paths import AnyPath, any_path, free_bytes
@@ -117,7 +118,7 @@ class _Run:
         check_trackers(config.logging, directory)
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         self.source = resolve_model(config.model.path)
-        self.model = training_model(config, QwenConfig.from_directory(self.source))
+        self.model = checked(training_model(config, QwenConfig.from_directory(self.source)), gradients=True)
         self.model.abstract_params(self.mesh)  # Refuses a mesh that does not fit before the data is read.
         tokenizer = load_tokenizer(self.source)
         self.pad_id = tokenizer.convert_tokens_to_ids(PAD_TOKEN) or 0

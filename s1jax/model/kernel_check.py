@@ -1,0 +1,132 @@
+"""Attention kernels are held against plain attention on the device itself before a run believes them."""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+from jax.typing import DTypeLike
+
+from s1jax.compilation_cache import user_cache
+from s1jax.config import Implementation
+from s1jax.model.attention import KERNELS, attention, choose
+from s1jax.model.qwen import Qwen
+from s1jax.paths import write_whole
+from s1jax.processes import agree_any
+
+TOLERANCES = {"bfloat16": 2e-2, "float16": 5e-3, "float32": 1e-4}
+"""How far a kernel may be from plain attention in float32, by the dtype that it is given; about five times what
+rounding alone makes of it. A score too many or too few makes ten times more."""
+_LENGTHS = ((300, 1, 83), (512,), (), (2, 3, 5, 7, 128))
+"""Examples of the rows that are tried: with padding, full, empty, short."""
+_ROW_LENGTH = 512
+
+
+class HeadSizes(NamedTuple):
+    """What a kernel is compiled for, beside the length of rows."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+def attention_errors(
+    implementation: Implementation,
+    sizes: HeadSizes,
+    dtype: DTypeLike,
+    lengths: Sequence[Sequence[int]] = _LENGTHS,
+    row_length: int = _ROW_LENGTH,
+    *,
+    packed: bool,
+    gradients: bool,
+) -> dict[str, float]:
+    """How far an implementation is from plain attention in float32 on random rows of examples of these lengths.
+
+    Norm of the difference over the norm of what is right, over all tokens of examples: of the "output", and with
+    `gradients` of those of "query", "key" and "value". Not `packed`, all rows are full. Infinite where not finite.
+    """
+    ids = np.zeros((len(lengths), row_length), np.int32)
+    table = np.zeros((len(lengths), max(map(len, lengths))), np.int32)
+    for row, examples in enumerate(lengths):
+        table[row, : len(examples)] = examples
+        ids[row, : sum(examples)] = np.repeat(np.arange(1, len(examples) + 1), examples)
+    segments = (jnp.asarray(ids), jnp.asarray(table)) if packed else (None, None)
+    real = jnp.asarray(ids > 0)[..., None, None] if packed else jnp.ones((), bool)
+    heads = (sizes.heads, sizes.kv_heads, sizes.kv_heads, sizes.heads)
+    keys = jax.random.split(jax.random.key(0), 4)
+    *qkv, weights = (
+        jax.random.normal(key, (*ids.shape, count, sizes.head_dim), dtype)
+        for key, count in zip(keys, heads, strict=True)
+    )
+
+    def loss(qkv: tuple[jax.Array, ...], name: Implementation) -> tuple[jax.Array, jax.Array]:
+        out = attention(*qkv, segment_ids=segments[0], segment_lengths=segments[1], implementation=name)
+        out = jnp.where(real, out, 0).astype(jnp.float32)
+        return jnp.sum(out * weights.astype(jnp.float32)), out
+
+    def run(qkv: tuple[jax.Array, ...], name: Implementation) -> dict[str, jax.Array]:
+        if not gradients:
+            return {"output": jax.jit(partial(loss, name=name))(qkv)[1]}
+        of_qkv, out = jax.jit(jax.grad(partial(loss, name=name), has_aux=True))(qkv)
+        return {"output": out, **dict(zip(("query", "key", "value"), of_qkv, strict=True))}
+
+    ours = run(tuple(qkv), implementation)
+    right = run(tuple(x.astype(jnp.float32) for x in qkv), "chunked")
+    return {name: _distance(jnp.where(real, ours[name], 0), jnp.where(real, right[name], 0)) for name in ours}
+
+
+def _distance(ours: jax.Array, right: jax.Array) -> float:
+    distance = float(jnp.linalg.norm(ours.astype(jnp.float32) - right) / jnp.linalg.norm(right))
+    return distance if math.isfinite(distance) else math.inf
+
+
+def checked(model: Qwen, *, gradients: bool) -> Qwen:
+    """The model, without the attention kernel that it would use here if that does not compute what it should.
+
+    What was found is kept for this user, by kernel, device and versions. All processes come to the same conclusion.
+    """
+    name = model.attention
+    if name == "auto":
+        name = choose(_ROW_LENGTH, model.dtype, packed=gradients, lengths_known=True)
+    worst = _error(model, name, gradients) if name in KERNELS else 0.0
+    tolerance = TOLERANCES[jnp.dtype(model.dtype).name]
+    wrong = not worst <= tolerance
+    if wrong:
+        print(
+            f"attention: {name} is not used: on {jax.local_devices()[0].device_kind} it is {worst:.2g} away from plain "
+            f"attention, where {tolerance:.2g} is expected at most; chunked attention is used instead",
+            file=sys.stderr,
+        )
+    return replace(model, attention="chunked") if agree_any(wrong) else model
+
+
+def _error(model: Qwen, name: Implementation, gradients: bool) -> float:
+    """The largest of the kernel's errors, looked up or found out."""
+    sizes = HeadSizes(model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim)
+    dtype = jnp.dtype(model.dtype).name
+    device = jax.local_devices()[0]
+    versions = (jax.__version__, jaxlib.__version__, device.client.platform_version)
+    key = repr((name, tuple(sizes), dtype, gradients, KERNELS[name].__qualname__, device.device_kind, *versions))
+    path = user_cache().parent / "kernels.json"
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if not isinstance(known.get(key) if isinstance(known, dict) else None, float):
+        # One key/value head with its queries: kernels treat all of them alike.
+        one = HeadSizes(sizes.heads // sizes.kv_heads * 2, 2, sizes.head_dim)
+        error = max(attention_errors(name, one, dtype, packed=gradients, gradients=gradients).values())
+        known = {**(known if isinstance(known, dict) else {}), key: error}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(known, indent=2) + "\n")
+        except OSError:
+            pass  # Nothing is lost but seconds of the next start.
+    return float(known[key])
