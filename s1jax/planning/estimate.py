@@ -4,10 +4,11 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
+from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 
 from s1jax.device_memory import GPU_MEMORY_FRACTION
-from s1jax.planning.hardware import Hardware, Target
+from s1jax.planning.hardware import Hardware, PlanError, Target
 from s1jax.planning.hlo import Collective, Program
 from s1jax.planning.traffic import launches, memory_traffic
 
@@ -57,6 +58,17 @@ class Estimate:
 def usable_bytes(hardware: Hardware) -> int:
     """What a program may take of a device: on GPU some is left to the driver and to NCCL."""
     return int(hardware.memory_bytes * (GPU_MEMORY_FRACTION if hardware.platform == "cuda" else 1.0))
+
+
+def compile_within_memory(lowered: Any, what: str, target: Target) -> Any:
+    """Compile. Raises PlanError if the compiler finds no room for it, which for GPUs it does not look for."""
+    try:
+        return lowered.compile()
+    except JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = next((line for line in str(error).splitlines() if "Used" in line), str(error).splitlines()[0])
+        raise PlanError(f"{what} do not fit {target}: {reason.strip()}") from None
 
 
 def temporaries(compiled: Any, platform: str) -> int:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,15 @@ from s1jax.model.load import build_model
 from s1jax.model.qwen import CACHE_AXES, KVCache, LayerCache, Qwen
 from s1jax.paths import any_path, write_whole
 from s1jax.planning.cli import DOES_NOT_FIT
-from s1jax.planning.estimate import Estimate, Memory, estimate, latency, temporaries, usable_bytes
+from s1jax.planning.estimate import (
+    Estimate,
+    Memory,
+    compile_within_memory,
+    estimate,
+    latency,
+    temporaries,
+    usable_bytes,
+)
 from s1jax.planning.hardware import GIB, PlanError, Target, parse_target
 from s1jax.planning.hlo import Collective, Program
 from s1jax.planning.traffic import launches, memory_traffic
@@ -29,6 +37,7 @@ from s1jax.planning.training import device_bytes, resolve_architecture
 
 _TEXTS, _TEXT_LENGTH, _END_TOKENS = 8, 32, 4
 """Sizes of the tables of delimiters, which are small whatever the profile."""
+_DTYPES: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
 _ROWS_TRIED = 2
 """Of a mesh, in a search: the rows asked for, and those that there is room for."""
 
@@ -93,7 +102,7 @@ def _search(config: GenerateConfig, target: Target) -> list[GenerationPlan]:
     """
     plans, devices = [], target.devices()
     tensors = [tensor for tensor in (1, 2, 4, 8) if target.devices_per_host % tensor == 0]
-    for tensor, dtype in product(tensors, ("bfloat16", "float32")):
+    for tensor, dtype in product(tensors, _DTYPES):
         mesh = replace(config.mesh, data=-1, fsdp=1, tensor=tensor)
         variant = replace(config, mesh=mesh, model=replace(config.model, dtype=dtype))
         tried: set[int] = set()
@@ -154,7 +163,7 @@ def plan_generation(config: GenerateConfig, target: Target, devices: Sequence[ja
             cache,
             _abstract_rows(rows),
         )
-        compiled = lowered.compile()
+        compiled = compile_within_memory(lowered, f"{rows} rows x {slots}", target)
     program = Program(compiled.as_text())
     memory = Memory(device_bytes(params), 0, device_bytes(cache), temporaries(compiled, target.hardware.platform))
     usable = usable_bytes(target.hardware)
