@@ -169,6 +169,11 @@ class PlanSection:
     efficiency: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.45, description="share of the peak that matrix products reach"
     )
+    search: bool = Field(
+        default=False,
+        description="rank meshes, and for training remat policies, accumulation and, if need be, shorter blocks, for "
+        "decoding rows and dtypes",
+    )
     price_per_device_hour: NonNegative | None = Field(default=None, description="to say what the run costs")
 
 
@@ -178,10 +183,6 @@ class TrainPlanSection(PlanSection):
 
     storage_gigabytes_per_second: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="that each host writes, to count checkpoints and the export; null: not counted"
-    )
-
-    search: bool = Field(
-        default=False, description="try remat policies, accumulation, meshes and, if need be, shorter blocks; rank them"
     )
     num_examples: Positive = Field(default=1000, description="where data.path cannot be read: so many examples,")
     mean_length: Positive | None = Field(

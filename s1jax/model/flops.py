@@ -12,6 +12,8 @@ from s1jax.model.config import QwenConfig
 PEAK_FLOPS = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
     "NVIDIA A100": 312e12,
     "TPU v4": 275e12,
     "TPU v5p": 459e12,
@@ -19,6 +21,8 @@ PEAK_FLOPS = {
     "TPU v5e": 197e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
+    # Of one of the two devices of a chip.
+    "TPU7x": 1153.5e12,
     # libtpu calls v5p plainly "TPU v5"; the longer names above are found first.
     "TPU v5": 459e12,
 }

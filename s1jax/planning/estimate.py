@@ -1,15 +1,16 @@
 """Memory and time of a compiled program on hardware that is not here, by the roofline of what it does."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
+from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 
 from s1jax.device_memory import GPU_MEMORY_FRACTION
-from s1jax.planning.hardware import Hardware, Target
+from s1jax.planning.hardware import Hardware, PlanError, Target
 from s1jax.planning.hlo import Collective, Program
-from s1jax.planning.traffic import memory_traffic
+from s1jax.planning.traffic import launches, memory_traffic
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,33 @@ class Estimate:
     """All collectives at the full bandwidth of their links."""
     exposed: float
     """Of these, what is not hidden behind arithmetic: those of the tensor axis, and what exceeds the arithmetic."""
+    latency: float = 0.0
+    """Of launches and of collectives however small, where it is counted."""
 
     @property
     def total(self) -> float:
-        """The longer of arithmetic and memory traffic, and the exposed exchange."""
-        return max(self.compute, self.memory) + self.exposed
+        """The longer of arithmetic and memory traffic, and the exposed exchange and latency."""
+        return max(self.compute, self.memory) + self.exposed + self.latency
+
+    def of_one(self, steps: int) -> "Estimate":
+        """Of one of the steps that the program takes in one run."""
+        return Estimate(*(seconds / steps for seconds in astuple(self)))
 
 
 def usable_bytes(hardware: Hardware) -> int:
     """What a program may take of a device: on GPU some is left to the driver and to NCCL."""
     return int(hardware.memory_bytes * (GPU_MEMORY_FRACTION if hardware.platform == "cuda" else 1.0))
+
+
+def compile_within_memory(lowered: Any, what: str, target: Target) -> Any:
+    """Compile. Raises PlanError if the compiler finds no room for it, which for GPUs it does not look for."""
+    try:
+        return lowered.compile()
+    except JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = next((line for line in str(error).splitlines() if "Used" in line), str(error).splitlines()[0])
+        raise PlanError(f"{what} do not fit {target}: {reason.strip()}") from None
 
 
 def temporaries(compiled: Any, platform: str) -> int:
@@ -65,19 +83,35 @@ def temporaries(compiled: Any, platform: str) -> int:
 
 
 def estimate(program: Program, target: Target, mesh: Mesh, *, efficiency: float, kernel_flops: float = 0.0) -> Estimate:
-    """The roofline of one run; `kernel_flops` are those of one device that the program's HLO does not show."""
+    """The roofline of one run; `kernel_flops` are those of one device that the program's HLO does not show.
+
+    Latency is not counted: `latency` says it.
+    """
     hardware = target.hardware
     compute = (program.dot_flops + kernel_flops) / (hardware.peak_flops * efficiency)
-    tensor_group = tuple(np.vectorize(lambda device: device.id)(mesh.devices)[0, 0].tolist())
+    # A program numbers devices by their place in the mesh, which on a TPU is not their own number.
+    tensor_group = tuple(np.arange(mesh.size).reshape(mesh.devices.shape)[0, 0].tolist())
     seconds = {c: _exchange_seconds(c, target) for c in program.collectives}
     tensor = sum(time for collective, time in seconds.items() if collective.group == tensor_group)
     others = sum(seconds.values()) - tensor
     return Estimate(
         compute=compute,
-        memory=memory_traffic(program) / hardware.memory_bandwidth,
+        memory=memory_traffic(program).num_bytes / hardware.memory_bandwidth,
         exchange=tensor + others,
         exposed=tensor + max(0.0, others - compute),
     )
+
+
+def latency(program: Program, target: Target) -> float:
+    """Seconds that one run spends on starting operations and on collectives however small."""
+    hardware = target.hardware
+    seconds = launches(program) * hardware.launch_latency
+    for collective in program.collectives:
+        size = max(len(collective.group), 2)
+        passes = 2 if collective.kind == "all-reduce" else 1
+        hops = passes * (size - 1) * hardware.hop_latency
+        seconds += collective.runs * (hardware.collective_latency + hops)
+    return seconds
 
 
 def _exchange_seconds(collective: Collective, target: Target) -> float:

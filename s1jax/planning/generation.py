@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +21,25 @@ from s1jax.model.load import build_model
 from s1jax.model.qwen import CACHE_AXES, KVCache, LayerCache, Qwen
 from s1jax.paths import any_path, write_whole
 from s1jax.planning.cli import DOES_NOT_FIT
-from s1jax.planning.estimate import Estimate, Memory, estimate, temporaries, usable_bytes
-from s1jax.planning.hardware import GIB, Target, parse_target
+from s1jax.planning.estimate import (
+    Estimate,
+    Memory,
+    compile_within_memory,
+    estimate,
+    latency,
+    temporaries,
+    usable_bytes,
+)
+from s1jax.planning.hardware import GIB, PlanError, Target, parse_target
 from s1jax.planning.hlo import Collective, Program
-from s1jax.planning.traffic import memory_traffic
+from s1jax.planning.traffic import launches, memory_traffic
 from s1jax.planning.training import device_bytes, resolve_architecture
 
 _TEXTS, _TEXT_LENGTH, _END_TOKENS = 8, 32, 4
 """Sizes of the tables of delimiters, which are small whatever the profile."""
+_DTYPES: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
+_ROWS_TRIED = 2
+"""Of a mesh, in a search: the rows asked for, and those that there is room for."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,7 @@ class GenerationPlan:
 
     target: str
     mesh: dict[str, int]
+    dtype: str
     rows: int
     slots: int
     """Of each row's cache: prompt and output together."""
@@ -44,7 +57,13 @@ class GenerationPlan:
     rows_that_fit: int
     bytes_per_step: float
     least_bytes_per_step: int
-    """Weights and cache, read once."""
+    """Cache and weights, read once, without an embedding of which only the rows' tokens are read."""
+    unknown_operations: dict[str, int]
+    """Of a chunk of steps, those that move bytes which nobody counted."""
+    xla_bytes: float | None
+    """What XLA itself counts, where it does: each loop once, memory on the chip included."""
+    launches: int
+    """Of one step."""
     collectives: list[Collective]
     estimate: Estimate
     """Of one step."""
@@ -66,12 +85,59 @@ def plan(config: GenerateConfig) -> int:
     """
     assert config.plan.target is not None
     target = parse_target(config.plan.target)
-    result = plan_generation(config, target, target.devices())
-    print(_describe(result, target))
+    plans = _search(config, target) if config.plan.search else [plan_generation(config, target, target.devices())]
+    print(_describe(plans[0], target))
+    if config.plan.search:
+        print("\n" + _ranking(plans))
     if config.plan.output:
-        content = {**asdict(result), "fits": result.fits}
+        content = [{**asdict(p), "fits": p.fits} for p in plans]
         write_whole(any_path(config.plan.output), json.dumps(content, indent=2) + "\n")
-    return 0 if result.fits else DOES_NOT_FIT
+    return 0 if plans[0].fits else DOES_NOT_FIT
+
+
+def _search(config: GenerateConfig, target: Target) -> list[GenerationPlan]:
+    """Plans for tensor axes inside a host, dtypes, and as many rows as are asked for or have room: the fastest first.
+
+    What cannot have room is not compiled, but said.
+    """
+    plans, devices = [], target.devices()
+    tensors = [tensor for tensor in (1, 2, 4, 8) if target.devices_per_host % tensor == 0]
+    for tensor, dtype in product(tensors, _DTYPES):
+        mesh = replace(config.mesh, data=-1, fsdp=1, tensor=tensor)
+        variant = replace(config, mesh=mesh, model=replace(config.model, dtype=dtype))
+        tried: set[int] = set()
+        rows = config.batch_size
+        while rows and rows not in tried:
+            tried.add(rows)
+            name = f"tensor {tensor}, {dtype}, {rows} rows"
+            try:
+                plans.append(plan_generation(replace(variant, batch_size=rows), target, devices))
+            except ValueError as error:
+                print(f"{name}: {error}", flush=True)
+                break
+            last = plans[-1]
+            print(f"{name}: {_tokens_and_memory(last)}", flush=True)
+            # Once more with the rows that there is room for, as a power of two.
+            rows = 1 << (last.rows_that_fit.bit_length() - 1) if last.rows_that_fit and len(tried) < _ROWS_TRIED else 0
+    if not plans:
+        raise PlanError(f"{target}: no mesh could be compiled")
+    return sorted(plans, key=lambda p: (not p.fits, -p.tokens_per_second * p.copies))
+
+
+def _ranking(plans: Sequence[GenerationPlan]) -> str:
+    lines = ["ranked (those that fit first, by tokens/s):"]
+    for p in plans:
+        mesh = " x ".join(map(str, p.mesh.values()))
+        lines.append(f"  mesh {mesh}, {p.dtype}, {p.rows:>5} rows: {_tokens_and_memory(p)}")
+    return "\n".join(lines)
+
+
+def _tokens_and_memory(plan: GenerationPlan) -> str:
+    ratio = plan.bytes_per_step / plan.least_bytes_per_step
+    return (
+        f"{plan.tokens_per_second:,.0f} tokens/s, {1000 * plan.estimate.total:.2f} ms a step, "
+        f"{plan.memory.total / GIB:.1f} GiB ({'fits' if plan.fits else 'does not fit'}), bytes {ratio:.3f}"
+    )
 
 
 def plan_generation(config: GenerateConfig, target: Target, devices: Sequence[jax.Device]) -> GenerationPlan:
@@ -97,23 +163,34 @@ def plan_generation(config: GenerateConfig, target: Target, devices: Sequence[ja
             cache,
             _abstract_rows(rows),
         )
-        compiled = lowered.compile()
+        compiled = compile_within_memory(lowered, f"{rows} rows x {slots}", target)
     program = Program(compiled.as_text())
     memory = Memory(device_bytes(params), 0, device_bytes(cache), temporaries(compiled, target.hardware.platform))
     usable = usable_bytes(target.hardware)
-    roofline = estimate(program, target, mesh, efficiency=config.plan.efficiency)
+    roofline = replace(
+        estimate(program, target, mesh, efficiency=config.plan.efficiency), latency=latency(program, target)
+    ).of_one(STEPS_PER_CHUNK)
+    traffic = memory_traffic(program)
     room = usable - memory.parameters - memory.temporaries
+    looked_up = 0 if model.head_name == "embedding" else device_bytes(params["embedding"])
     return GenerationPlan(
         target=str(target),
         mesh=dict(mesh.shape),
+        dtype=config.model.dtype,
         rows=rows,
         slots=slots,
         memory=memory,
         usable_bytes=usable,
         rows_that_fit=max(0, int(room / (memory.batch / rows))),
-        bytes_per_step=memory_traffic(program),
-        least_bytes_per_step=memory.parameters + memory.batch,
-        collectives=program.collectives,
+        bytes_per_step=traffic.num_bytes / STEPS_PER_CHUNK,
+        least_bytes_per_step=memory.parameters - looked_up + memory.batch,
+        unknown_operations=traffic.unknown,
+        xla_bytes=(compiled.cost_analysis() or {}).get("bytes accessed"),
+        launches=round(launches(program) / STEPS_PER_CHUNK),
+        collectives=[
+            c._replace(runs=round(c.runs / STEPS_PER_CHUNK), num_bytes=c.num_bytes // STEPS_PER_CHUNK)
+            for c in program.collectives
+        ],
         estimate=roofline,
         tokens_per_second=rows / roofline.total,
         copies=copies,
@@ -156,6 +233,11 @@ def _describe(plan: GenerationPlan, target: Target) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     memory, seconds = plan.memory, plan.estimate
     verdict = "fits" if plan.fits else "DOES NOT FIT"
+    hardware, unknown = target.hardware, plan.unknown_operations.items()
+    xla = (
+        f"  XLA's own count, of one step and a chunk's start and end, memory on the chip included: "
+        f"{(plan.xla_bytes or 0) / GIB:.2f} GiB"
+    )
     return "\n".join(
         [
             f"{plan.target}, {mesh}: {plan.rows} rows of {plan.slots} tokens"
@@ -165,14 +247,19 @@ def _describe(plan: GenerationPlan, target: Target) -> str:
             f"{verdict}; {plan.rows_that_fit} rows would",
             f"bytes per step: {plan.bytes_per_step / GIB:.2f} GiB, "
             f"{plan.bytes_per_step / plan.least_bytes_per_step:.3f} x (weights + cache)",
+            *(f"  NOT COUNTED: {name}, {runs} times in {STEPS_PER_CHUNK} steps" for name, runs in unknown),
+            *([] if plan.xla_bytes is None else [xla]),
             *(
                 f"  {c.kind:<18} {c.runs:>6} times, {c.num_bytes / 2**20:>8.2f} MiB, among {len(c.group)} devices"
                 for c in plan.collectives
             ),
             f"step: {1000 * seconds.total:.2f} ms = the longer of memory {1000 * seconds.memory:.2f} and arithmetic "
-            f"{1000 * seconds.compute:.2f}, and exchange {1000 * seconds.exposed:.2f}; "
+            f"{1000 * seconds.compute:.2f}, exchange {1000 * seconds.exposed:.2f}, and latency "
+            f"{1000 * seconds.latency:.2f}; "
             f"{plan.tokens_per_second:,.0f} tokens/s",
-            f"assumed: full caches; memory at {target.hardware.memory_bandwidth / 1e12:.2f} TB/s; collectives by "
-            "bandwidth alone (their latency, some microseconds each, is not counted)",
+            f"assumed: full caches; memory at {hardware.memory_bandwidth / 1e12:.2f} TB/s; {plan.launches} "
+            f"operations of {1e6 * hardware.launch_latency:g} microseconds at least; collectives of "
+            f"{1e6 * hardware.collective_latency:g} and {1e6 * hardware.hop_latency:g} for each hop, "
+            "and their bandwidth; nothing between steps: no prefill, no scheduling",
         ]
     )

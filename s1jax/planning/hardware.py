@@ -38,8 +38,16 @@ class Hardware:
     """Bytes per second, one way, that a device has to the others of its host (GPU) or of its slice (TPU)."""
     network_bandwidth: float
     """Bytes per second, one way, that a device has to other hosts."""
+    launch_latency: float
+    """Seconds that an operation takes however small it is."""
+    collective_latency: float
+    """Seconds that a collective takes however small it is, beside its hops."""
+    hop_latency: float
+    """Seconds that a device takes to hand on what it got from its neighbour on a ring."""
     gpu: str = ""
     """Of a GPU, what the compiler wants to know, as an XLA `GpuTargetConfigProto` in text form."""
+    devices_per_chip: int = 1
+    """Of a TPU, whose slices are counted in chips."""
 
     @property
     def peak_flops(self) -> float:
@@ -49,35 +57,51 @@ class Hardware:
 
 def _gpu(cores: int, clock: float, memory: int, bandwidth: float, cache: int, shared: int, capability: str) -> str:
     """The target configuration of a data-centre GPU; `shared` is a core's shared memory in bytes."""
+    major, minor = capability.split(".")
     return (
         f"gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 "
         f"shared_memory_per_core: {shared} threads_per_core_limit: 2048 core_count: {cores} "
-        f"fpus_per_core: {128 if capability.startswith('9') else 64} block_dim_limit_x: 2147483647 "
+        f"fpus_per_core: {64 if major == '8' else 128} block_dim_limit_x: 2147483647 "
         f"block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {int(bandwidth)} l2_cache_size: {cache} "
         f"clock_rate_ghz: {clock} device_memory_size: {memory} shared_memory_per_block_optin: {shared - 1024} "
-        f"cuda_compute_capability {{ major: {capability[0]} minor: {capability[2]} }} "
+        f"cuda_compute_capability {{ major: {major} minor: {minor} }} "
         "registers_per_core_limit: 65536 registers_per_block_limit: 65536 } "
         'platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 0 } '
         "runtime_version { major: 12 minor: 8 patch: 0 } "
     )
 
 
+_GPU_LATENCIES = (2e-6, 3.6e-6, 0.47e-6)
+"""Launch: in a program's chain of tiny kernels each took 1 to 3 microseconds on one H200 (measured, jax 0.11.2).
+Collectives: what NCCL reckons with for its low-latency protocol on a ring over NVLink (baseLat, hwLat; tuning.cc)."""
+_TPU_LATENCIES = (1e-6, 0.0, 1e-6)
+"""Operation: the compiler's own estimate for the smallest, 2,100 cycles. Hop: about a microsecond, according to the
+book "How to Scale Your Model"."""
+
 _H100_MEMORY, _H200_MEMORY, _A100_MEMORY = 84_942_979_072, 150_754_820_096, 84_974_239_744
+_B200_MEMORY, _GB200_MEMORY = 191_503_532_032, 197_568_495_616
 
 HARDWARE = {
     hardware.name: hardware
     for hardware in (
         # NVLink 4: 900 GB/s both ways; a 400 Gb/s adapter for each GPU. A100: NVLink 3 and 200 Gb/s.
-        Hardware("h100", "NVIDIA H100", "cuda", _H100_MEMORY, 3.352e12, 450e9, 50e9,
+        Hardware("h100", "NVIDIA H100", "cuda", _H100_MEMORY, 3.352e12, 450e9, 50e9, *_GPU_LATENCIES,
                  _gpu(132, 1.98, _H100_MEMORY, 3.352e12, 52_428_800, 233_472, "9.0")),
-        Hardware("h200", "NVIDIA H200", "cuda", _H200_MEMORY, 4.8e12, 450e9, 50e9,
+        Hardware("h200", "NVIDIA H200", "cuda", _H200_MEMORY, 4.8e12, 450e9, 50e9, *_GPU_LATENCIES,
                  _gpu(132, 1.98, _H200_MEMORY, 4.8e12, 52_428_800, 233_472, "9.0")),
-        Hardware("a100-80g", "NVIDIA A100", "cuda", _A100_MEMORY, 2.039e12, 300e9, 25e9,
+        # NVLink 5: 1,800 GB/s both ways. Of a GB200's NVLink domain only the four GPUs of a host are planned with.
+        Hardware("b200", "NVIDIA B200", "cuda", _B200_MEMORY, 8.0e12, 900e9, 50e9, *_GPU_LATENCIES,
+                 _gpu(148, 1.965, _B200_MEMORY, 8.0e12, 132_644_864, 233_472, "10.0")),
+        Hardware("gb200", "NVIDIA GB200", "cuda", _GB200_MEMORY, 8.0e12, 900e9, 50e9, *_GPU_LATENCIES,
+                 _gpu(152, 1.965, _GB200_MEMORY, 8.0e12, 132_644_864, 233_472, "10.0")),
+        Hardware("a100-80g", "NVIDIA A100", "cuda", _A100_MEMORY, 2.039e12, 300e9, 25e9, *_GPU_LATENCIES,
                  _gpu(108, 1.41, _A100_MEMORY, 2.039e12, 41_943_040, 167_936, "8.0")),
         # TPU: the bandwidth of all of a chip's interconnect links together, one way; a slice has no slower part.
-        Hardware("v5p", "TPU v5p", "tpu", int(95.74 * GIB), 2.765e12, 300e9, 300e9),
-        Hardware("v5e", "TPU v5e", "tpu", int(15.75 * GIB), 0.819e12, 100e9, 100e9),
-        Hardware("v6e", "TPU v6e", "tpu", int(31.25 * GIB), 1.638e12, 224e9, 224e9),
+        Hardware("v5p", "TPU v5p", "tpu", int(95.74 * GIB), 2.765e12, 300e9, 300e9, *_TPU_LATENCIES),
+        Hardware("v5e", "TPU v5e", "tpu", int(15.75 * GIB), 0.819e12, 100e9, 100e9, *_TPU_LATENCIES),
+        # Two devices a chip, each with half of its memory, arithmetic and links.
+        Hardware("tpu7x", "TPU7x", "tpu", int(94.75 * GIB), 3.69e12, 300e9, 300e9, *_TPU_LATENCIES, devices_per_chip=2),
+        Hardware("v6e", "TPU v6e", "tpu", int(31.25 * GIB), 1.638e12, 224e9, 224e9, *_TPU_LATENCIES),
     )
 }  # fmt: skip
 """Memory is what the compiler may use, a little less than the data sheet's."""
@@ -96,16 +120,18 @@ class Target:
     @property
     def num_devices(self) -> int:
         """Devices in all."""
-        count = 1
+        count = self.hardware.devices_per_chip
         for size in self.shape:
             count *= size
         return count
 
     @property
     def num_hosts(self) -> int:
-        """How many machines the devices are in; those of TPUs have four each."""
+        """How many machines the devices are in; those of TPUs have four chips each."""
         return (
-            self.num_devices // self.devices_per_host if self.hardware.platform == "cuda" else -(-self.num_devices // 4)
+            self.num_devices // self.devices_per_host
+            if self.hardware.platform == "cuda"
+            else -(-self.num_devices // (4 * self.hardware.devices_per_chip))
         )
 
     @property

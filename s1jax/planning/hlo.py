@@ -15,7 +15,7 @@ import numpy as np
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 _BYTES |= {"s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1, "s4": 1, "u4": 1}
-_COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.$-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.$-]+) = (.*)$")
@@ -162,6 +162,18 @@ class Program:
             for computation in [self._computations[name]]
         )
 
+    def operations(self) -> Iterator[tuple[Instruction, float]]:
+        """Every operation with how often it runs; fusions are not looked into."""
+        for name, times in self._runs.items():
+            for instruction in self._computations[name].values():
+                yield instruction, times
+
+    @staticmethod
+    def target(instruction: Instruction) -> str | None:
+        """What a custom call calls; None of another operation."""
+        found = _TARGET.search(instruction.text) if instruction.opcode == "custom-call" else None
+        return found[1] if found else None
+
     @cached_property
     def dot_flops(self) -> float:
         """Floating-point operations of all matrix products, two for each multiply-add; kernels are not seen into."""
@@ -198,7 +210,7 @@ class Program:
     def _exchange(self, instruction: Instruction) -> tuple[str, Instruction | None]:
         """The kind of collective that an operation is, and what names its groups; None if it is none."""
         kind = instruction.opcode.removesuffix("-start")
-        if kind in _COLLECTIVES:
+        if kind in COLLECTIVES:
             return kind, instruction
         if kind == "fusion":
             # TPU writes a reduce-scatter as an all-reduce fused with the slice that is kept of it.
@@ -210,11 +222,9 @@ class Program:
     def kernels(self) -> dict[str, int]:
         """How often each kind of custom call runs, by its target."""
         found: dict[str, float] = defaultdict(float)
-        for name, times in self._runs.items():
-            for instruction in self._computations[name].values():
-                if instruction.opcode == "custom-call":
-                    target = _TARGET.search(instruction.text)
-                    found[target[1] if target else "unknown"] += times
+        for instruction, times in self.operations():
+            if instruction.opcode == "custom-call":
+                found[self.target(instruction) or "unknown"] += times
         return {target: int(count) for target, count in sorted(found.items())}
 
     def shapes(self) -> Iterator[Shape]:

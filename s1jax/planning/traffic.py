@@ -1,50 +1,126 @@
 """Bytes that a compiled program moves between a device and its memory, read from its HLO text.
 
 Every operation reads its operands and writes its result once, however often it uses them; what is fused stays inside.
-Of an array that a fusion only takes slices from, the slices count; of one that it updates in place, the update.
-What lies in a memory on the chip is free.
+Of an array that an operation only takes slices from, the slices count; of one that it updates in place, the update.
+A transfer in two halves counts where it starts. What lies in a memory on the chip is free.
 """
 
-from s1jax.planning.hlo import Computation, Instruction, Program
+from collections import Counter
+from typing import NamedTuple
+
+from s1jax.planning.hlo import COLLECTIVES, Computation, Instruction, Program
 
 _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "opt-barrier", "iota"}
-_FREE |= {"while", "conditional", "call", "partition-id", "replica-id", "add-dependency", "async-update"}
+_FREE |= {"while", "conditional", "call", "partition-id", "replica-id", "add-dependency", "async-update", "async-done"}
 """Operations that move nothing, or whose inside is counted in its own place."""
 _SLICES = ("dynamic-slice", "slice", "gather")
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 """Operations that write into their first operand in place, and which operand is what they write."""
 _PASSING_ON = ("bitcast", "reshape", "convert", "copy", "transpose")
 """Operations that a fusion may have between a parameter and the slice that it takes of it."""
+_WHOLE = {
+    "abs", "add", "and", "atan2", "cbrt", "ceil", "clamp", "compare", "complex", "concatenate", "convert",
+    "convolution", "copy", "cosine", "divide", "dot", "erf", "exponential", "exponential-minus-one", "floor",
+    "imag", "is-finite", "log", "log-plus-one", "logistic", "map", "maximum", "minimum", "multiply", "negate",
+    "not", "or", "pad", "popcnt", "power", "real", "reduce", "reduce-precision", "reduce-window", "remainder",
+    "reshape", "reverse", "rng-bit-generator", "round-nearest-afz", "round-nearest-even", "rsqrt", "select",
+    "select-and-scatter", "shift-left", "shift-right-arithmetic", "shift-right-logical", "sign", "sine", "sort",
+    "sqrt", "stochastic-convert", "subtract", "tan", "tanh", "topk", "transpose", "xor", "cholesky",
+    "triangular-solve", "fft", "bitcast-convert"
+}  # fmt: skip
+"""Operations that read all of their operands and write all of their result."""
+_STARTS = {"copy-start", "slice-start", "dynamic-slice-start"} | {f"{kind}-start" for kind in COLLECTIVES}
+_FREE_CALLS = {"ConcatBitcast", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked", "AllocateBuffer"}
+_FREE_CALLS |= {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
+"""Targets of custom calls that move nothing: notes to the compiler, and pieces that already lie side by side."""
+_KERNEL_CALLS = ("tpu_custom_call", "cudnn", "cublas", "triton", "TopK", "cub$")
+"""Parts of the targets of custom calls that read their operands and write their results."""
 
 
-def memory_traffic(program: Program) -> float:
-    """Bytes read and written by one run of the program; a loop without a known trip count is counted once."""
-    return program.sum(lambda instruction, computation: _traffic(program, instruction, computation))
+class Traffic(NamedTuple):
+    """Bytes read and written by one run of a program."""
+
+    num_bytes: float
+    unknown: dict[str, int]
+    """Operations that the counter does not know, which are not among the bytes, and how often each runs."""
+
+
+def memory_traffic(program: Program) -> Traffic:
+    """Of one run of the program; a loop without a known trip count is counted once."""
+    unknown = Counter[str]()
+    for instruction, times in program.operations():
+        if not _known(instruction):
+            unknown[program.target(instruction) or instruction.opcode] += int(times)
+    num_bytes = program.sum(lambda instruction, computation: _traffic(program, instruction, computation))
+    return Traffic(num_bytes, dict(unknown))
+
+
+def launches(program: Program) -> int:
+    """Operations that one run of the program starts one after the other; copies and collectives beside them aside."""
+    aside = {*_FREE, *_STARTS, *COLLECTIVES}
+    return sum(
+        int(times)
+        for instruction, times in program.operations()
+        if instruction.opcode not in aside
+        and not instruction.opcode.endswith("-done")
+        and program.target(instruction) not in _FREE_CALLS
+    )
+
+
+def _known(instruction: Instruction) -> bool:
+    opcode = instruction.opcode
+    if opcode == "custom-call":
+        target = Program.target(instruction) or ""
+        return target in _FREE_CALLS or any(part in target for part in _KERNEL_CALLS)
+    is_done = opcode.endswith("-done") and opcode.removesuffix("done") + "start" in _STARTS
+    others = {"fusion", "async-start", "broadcast", *_SLICES, *_UPDATES, *COLLECTIVES}
+    return is_done or opcode in _FREE | _WHOLE | _STARTS | others
 
 
 def _traffic(program: Program, instruction: Instruction, computation: Computation) -> float:
     opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith("-done"):
+    if opcode in _FREE or opcode.endswith("-done") or not _known(instruction):
         return 0.0
-    if opcode == "copy-start":
-        # Its result is a tuple of target, source and a flag; copies into VMEM are what a TPU prefetches weights by.
-        target = instruction.shapes[0]
-        return float(_operand_bytes(instruction, computation, 0) + (0 if target.on_chip else target.num_bytes))
+    if opcode == "custom-call" and Program.target(instruction) in _FREE_CALLS:
+        return 0.0
+    if opcode in _STARTS:
+        return _start_traffic(instruction, computation)
     if opcode in _SLICES:
         return float(min(instruction.num_bytes, _operand_bytes(instruction, computation, 0)) + instruction.memory_bytes)
     if opcode in _UPDATES:
         return 2.0 * _operand_bytes(instruction, computation, _UPDATES[opcode])
     if opcode == "broadcast":
         return float(instruction.memory_bytes)
-    if opcode in ("fusion", "async-start"):
+    if opcode == "fusion":
         return _fusion_traffic(program, instruction, computation)
-    reads = sum(_operand_bytes(instruction, computation, i) for i in range(len(instruction.operands)))
-    return float(reads + instruction.memory_bytes)
+    if opcode == "async-start":
+        inner = program.called_by(instruction) or {}
+        return sum(_traffic(program, inside, inner) for inside in inner.values())
+    return float(_all_operands(instruction, computation) + instruction.memory_bytes)
+
+
+def _start_traffic(instruction: Instruction, computation: Computation) -> float:
+    """Of a transfer's first half, whose result is a tuple of its operands, its results and flags, in some order."""
+    opcode, shapes = instruction.opcode, instruction.shapes
+    if opcode == "copy-start":
+        target = shapes[0]
+        return float(_operand_bytes(instruction, computation, 0) + (0 if target.on_chip else target.num_bytes))
+    if opcode in ("slice-start", "dynamic-slice-start"):
+        source, piece = shapes[0], shapes[1]
+        return float(sum(0 if shape.on_chip else piece.num_bytes for shape in (source, piece)))
+    if opcode == "all-reduce-start":
+        return float(_all_operands(instruction, computation) + instruction.memory_bytes)
+    # The others' results hold the operands too, which are read once.
+    return float(instruction.memory_bytes)
 
 
 def _operand_bytes(instruction: Instruction, computation: Computation, index: int) -> int:
     operand = computation.get(instruction.operands[index])
     return operand.memory_bytes if operand else 0
+
+
+def _all_operands(instruction: Instruction, computation: Computation) -> int:
+    return sum(_operand_bytes(instruction, computation, i) for i in range(len(instruction.operands)))
 
 
 def _fusion_traffic(program: Program, instruction: Instruction, computation: Computation) -> float:

@@ -92,8 +92,8 @@ def test_text_without_a_program_is_refused() -> None:
 
 def test_traffic_counts_each_operand_once_and_of_stacked_weights_the_slice() -> None:
     weights, x = jnp.ones((5, 256, 256)), jnp.ones((4, 256))
-    assert memory_traffic(compiled(lambda x, w: x @ w, x, weights[0])) == 4 * (256 * 256 + 2 * 4 * 256)
-    scanned = memory_traffic(compiled(lambda w: jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0], weights))
+    assert memory_traffic(compiled(lambda x, w: x @ w, x, weights[0])).num_bytes == 4 * (256 * 256 + 2 * 4 * 256)
+    scanned = memory_traffic(compiled(lambda w: jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0], weights)).num_bytes
     layer = 256 * 256 * 4
     # A layer's weights are read where they lie, or copied out of the stack (read, written) and read.
     assert 5 * layer <= scanned <= 5 * 3.2 * layer
@@ -112,7 +112,7 @@ ENTRY %main (x: f32[8,256], w: f32[256,512]) -> f32[8,512] {
   ROOT %y = f32[8,512]{1,0:T(8,128)} dot(%x, %near), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 }
 """
-    assert memory_traffic(Program(text)) == 4 * (256 * 512 + 8 * 256 + 8 * 512)
+    assert memory_traffic(Program(text)).num_bytes == 4 * (256 * 512 + 8 * 256 + 8 * 512)
 
 
 def test_a_small_run_has_the_planned_memory_and_arithmetic() -> None:

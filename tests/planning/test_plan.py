@@ -6,9 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from s1jax.model.architectures import known_architecture
+from s1jax.model.qwen import Qwen
 from s1jax.planning.hardware import GIB
 from tests.planning.conftest import plan, run
 from tests.tiny import QWEN2, model_directory
@@ -137,7 +139,7 @@ def test_a_decode_step_of_32b_reads_weights_and_cache_once(target: str, tmp_path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("b200:1x8",), "error: plan target 'b200:1x8': not known; examples: h100:2x8, "),
+        (("b300:1x8",), "error: plan target 'b300:1x8': not known; examples: h100:2x8, "),
         (("v5p:2x2x4",), "error: plan target 'v5p:2x2x4': not known; examples: "),
         (("h100:16",), "error: plan target 'h100:16': the shape of GPUs is HOSTSxGPUS, as in h100:2x8"),
         (("h100:2x4",), "error: mesh 1x8x2 (data x fsdp x tensor) does not match the 8 devices: "),
@@ -164,9 +166,33 @@ def test_a_compiler_that_is_missing_is_named(target: str, install: str) -> None:
     assert f"pip install {'--no-deps ' if 'cuda' in install else ''}{install}" in process.stderr
 
 
-def test_known_architectures_have_their_sizes() -> None:
-    config = known_architecture("simplescaling/s1-32B")
+PUBLISHED = {
+    "Qwen/Qwen2.5-0.5B": 0.49,
+    "Qwen/Qwen2.5-7B-Instruct": 7.6,
+    "simplescaling/s1-32B": 32.8,
+    "Qwen/QwQ-32B": 32.8,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": 1.78,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": 7.62,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B": 14.8,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B": 32.8,
+    "Qwen/Qwen3-0.6B": 0.6,
+    "Qwen/Qwen3-1.7B": 1.7,
+    "Qwen/Qwen3-4B": 4.0,
+    "Qwen/Qwen3-8B": 8.2,
+    "Qwen/Qwen3-14B": 14.8,
+    "Qwen/Qwen3-32B": 32.8,
+}
+"""Billions of parameters, as the models' cards or their files' sizes on the hub say."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_known_architectures_have_their_published_number_of_parameters(name: str) -> None:
+    config = known_architecture(name)
     assert config is not None
-    assert (config.num_hidden_layers, config.hidden_size, config.num_key_value_heads) == (64, 5120, 8)
-    assert known_architecture("Qwen/Qwen2.5-0.5B").tie_word_embeddings  # type: ignore[union-attr]
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(Qwen(config).abstract_params(None)))
+    digits = len(str(PUBLISHED[name]).partition(".")[2])
+    assert round(count / 1e9, digits) == PUBLISHED[name]
+
+
+def test_an_unknown_architecture_is_none() -> None:
     assert known_architecture("someone/else") is None
