@@ -140,7 +140,7 @@ def _measure(loaded: LoadedModel, config: BenchmarkConfig, batch_size: int, copy
     total = section.prompt_length + section.new_tokens
     slots = bucket(total + STEPS_PER_CHUNK, total + STEPS_PER_CHUNK)
     prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, section.prompt_length).astype(np.int32)
-    shared, rows = _unending_rows(model.config.vocab_size, batch, section.prompt_length)
+    shared, rows = unending_rows(model.config.vocab_size, batch, section.prompt_length)
 
     def fill() -> KVCache:
         cache = empty_cache(model, batch, slots)
@@ -183,8 +183,8 @@ def _measure(loaded: LoadedModel, config: BenchmarkConfig, batch_size: int, copy
     )
 
 
-def _unending_rows(vocab_size: int, batch: int, length: int) -> tuple[Shared, Rows]:
-    """Rows that answer greedily and never stop: no token is an eos."""
+def unending_rows(vocab_size: int, batch: int, length: int) -> tuple[Shared, Rows]:
+    """Rows with contexts of this length that answer greedily and never stop: no token is an eos."""
     none = jnp.zeros(vocab_size, bool)
     tables = Tables(jnp.zeros((3, 1), jnp.int32), jnp.zeros(3, jnp.int32), none, none, none)
     zeros = np.zeros(batch, np.int32)
