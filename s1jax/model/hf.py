@@ -7,6 +7,7 @@ of them, block by block.
 import json
 import math
 import mmap
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from jax.sharding import Mesh
 
+from s1jax.model.config import QwenConfig
 from s1jax.model.hf_names import Index, TensorLayout, tensor_layouts
 from s1jax.model.qwen import Params, Qwen
 from s1jax.model.safetensors_files import DTYPES, CheckpointError, StoredTensor, read_header
@@ -76,6 +78,25 @@ def resolve_model(path: str) -> AnyPath:
 def stored_dtypes(directory: AnyPath) -> set[str]:
     """The dtypes of a checkpoint's tensors, as safetensors calls them. Raises CheckpointError if it cannot be read."""
     return {tensor.dtype for tensor in _find(directory).values()}
+
+
+def check_sizes(directory: AnyPath, config: QwenConfig) -> None:
+    """Compare depth, width and vocabulary with the checkpoint's tensors, before anything of such a size is built.
+
+    Raises CheckpointError if they differ, or the checkpoint cannot be read.
+    """
+    _compare_sizes(directory, config, _find(directory))
+
+
+def _compare_sizes(directory: AnyPath, config: QwenConfig, found: dict[str, StoredTensor]) -> None:
+    layers = {match[1] for name in found if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+    if config.num_hidden_layers > len(layers):
+        problem = f"config.json has num_hidden_layers {config.num_hidden_layers}, there are tensors of {len(layers)}"
+        raise CheckpointError(directory, [problem])
+    name, shape = "model.embed_tokens.weight", (config.vocab_size, config.hidden_size)
+    if name in found and found[name].shape != shape:
+        problem = f"{name} has shape {list(found[name].shape)}, config.json implies {list(shape)}"
+        raise CheckpointError(directory, [problem])
 
 
 def load_params(directory: AnyPath, model: Qwen, mesh: Mesh, *, stacked: bool = True) -> Params:
@@ -204,6 +225,7 @@ def _check(directory: AnyPath, model: Qwen) -> dict[str, StoredTensor]:
     """Every tensor that the model needs; raises CheckpointError with everything that is amiss."""
     problems: list[str] = []
     found = _find(directory)
+    _compare_sizes(directory, model.config, found)
     wanted = expected_shapes(model)
     ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
     if model.config.tie_word_embeddings:
