@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 from transformers import PreTrainedTokenizerBase
 
 from s1jax.paths import AnyPath, any_path
+from s1jax.tokenizer import check_vocabulary
 
 
 @dataclass(frozen=True)
@@ -192,12 +193,8 @@ def tokenize_profile(profile: DelimiterProfile, tokenizer: PreTrainedTokenizerBa
     eos is not exactly one id, or a text has pieces that the tokenizer does not know.
     """
     vocabulary = tokenizer.get_vocab()
+    check_vocabulary(vocabulary, vocab_size)
     known = sorted(vocabulary.values())
-    if known[-1] >= vocab_size:
-        raise ValueError(
-            f"the tokenizer has ids up to {known[-1]}, the model's vocabulary only {vocab_size}: "
-            "they do not belong together"
-        )
     problems: list[str] = []
 
     def encode(key: str, text: str) -> tuple[int, ...]:
