@@ -10,13 +10,13 @@ from functools import lru_cache
 from typing import Annotated
 
 import numpy as np
-import yaml
 from jaxtyping import Bool
 from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 from transformers import PreTrainedTokenizerBase
 
 from s1jax.paths import AnyPath, any_path
+from s1jax.plain_yaml import read_yaml
 from s1jax.tokenizer import check_vocabulary
 
 
@@ -131,9 +131,9 @@ def load_profile(name_or_path: str | AnyPath) -> DelimiterProfile:
             "nor an existing YAML file"
         )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"delimiter profile {path}: not valid YAML: {error}") from error
+        content = read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"delimiter profile {path}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"delimiter profile {path}: expected keys and values, found {type(content).__name__}")
     try:
