@@ -3,6 +3,7 @@
 The values come from YAML files and `section.key=value` words (`config_reader`) and are checked by pydantic.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
@@ -271,29 +272,39 @@ class GenerateConfig:
 
 
 def _split(value: Any) -> Any:
-    """`1,8,32` on the command line is a list."""
+    """`a.jsonl,aime24` on the command line is a list."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _split_numbers(value: Any) -> Any:
+    """`1,8,auto` on the command line is a list of numbers and words; 000 is no number, but the rest of 1,000."""
+    if isinstance(value, int):
+        return [value]
+    parts = _split(value)
     if isinstance(value, str):
-        return [int(part) if part.strip().isdecimal() else part.strip() for part in value.split(",")]
-    return [value] if isinstance(value, int) else value
+        return [int(part) if re.fullmatch("0|[1-9][0-9]{0,18}", part) else part for part in parts]
+    return parts
 
 
-Separated = BeforeValidator(_split)
+Baseline = Literal["token_conditional", "step_conditional", "rejection"]
+SeparatedTexts = BeforeValidator(_split)
+SeparatedNumbers = BeforeValidator(_split_numbers)
 
 
 @dataclass(frozen=True, config=STRICT)
 class SweepSection:
     """The runs of an evaluation, each over all questions."""
 
-    max_thinking_tokens: Annotated[tuple[WholeNumber | Literal["auto"], ...], Separated] = Field(
+    max_thinking_tokens: Annotated[tuple[WholeNumber | Literal["auto"], ...], SeparatedNumbers] = Field(
         default=(), description="a run for each of these budgets; as 0,256,auto"
     )
-    num_ignore: Annotated[tuple[WholeNumber, ...], Separated] = Field(
+    num_ignore: Annotated[tuple[WholeNumber, ...], SeparatedNumbers] = Field(
         default=(), description="a run for each of these counts of waits, within budget.max_thinking_tokens"
     )
     wait: Annotated[tuple[str, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = Field(
         default=("Wait",), description="a run for each of these wait texts and each count"
     )
-    baselines: Annotated[tuple[Literal["token_conditional", "step_conditional", "rejection"], ...], Separated] = Field(
+    baselines: Annotated[tuple[Baseline, ...], SeparatedTexts] = Field(
         default=(), description="the paper's other ways to keep to each number in sweep.max_thinking_tokens"
     )
     max_tries: Positive = Field(default=10, description="of rejection sampling, for one question and budget")
@@ -304,7 +315,7 @@ class EvaluateConfig:
     """python decode.py evaluate: accuracy over budgets and waits, graded, with a report."""
 
     model: ModelSection
-    tasks: Annotated[tuple[PathText, ...], Separated] = Field(
+    tasks: Annotated[tuple[PathText, ...], SeparatedTexts] = Field(
         description="files with problem and answer, or aime24, aime25, math500, gpqa_diamond, gsm8k; as a.jsonl,aime24"
     )
     output_dir: PathText = Field(description="samples.jsonl, summary.json and report.html are written here")
@@ -327,7 +338,7 @@ class EvaluateConfig:
 class BenchmarkSection:
     """What decoding is measured on."""
 
-    batch_sizes: Annotated[tuple[Positive, ...], Separated] = Field(
+    batch_sizes: Annotated[tuple[Positive, ...], SeparatedNumbers] = Field(
         default=(1, 8, 32), description="rows decoded at once, each measured in turn; as 1,8,32"
     )
     prompt_length: Positive = Field(default=128, description="tokens of each prompt")

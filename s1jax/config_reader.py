@@ -1,6 +1,7 @@
 """From YAML files and `section.key=value` words to a configuration, with errors that name the key.
 
-The help text is made from the dataclasses of `config`, so a key exists in one place only.
+A word's value is read by the type of its key: where that is a text, it is the text as it stands. The help text is made
+from the dataclasses of `config`, so a key exists in one place only.
 """
 
 import dataclasses
@@ -16,9 +17,18 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from s1jax.paths import AnyPath, PathError, any_path
+from s1jax.plain_yaml import parse_yaml, read_yaml
 
 Root = TypeVar("Root")
 _NAME = "NAME"
+_LISTED_PROBLEMS = 50
+_MOST_PARTS = 20
+"""Of a dotted key."""
+_LONGEST_NAME = 200
+"""What a mistaken key is compared by, in characters."""
+_WORDS_HELP = """\
+A value of type str is the text as it stands, spaces included; null or ~ is null where the type has null. A list of
+texts is written [a, "b c"], other values as in YAML."""
 
 
 class ConfigError(ValueError):
@@ -36,16 +46,20 @@ def load_config(root: type[Root], words: Sequence[str]) -> Root:
     for word in words:
         if "=" in word:
             key, _, value = word.partition("=")
-            _merge(tree, _nested(key, _parse(value, word)))
+            _merge(tree, _nested(key, _value_of(word, value, _hint(root, key.split(".")))))
         elif word.endswith((".yaml", ".yml")):
-            _merge(tree, _read_yaml(word, None))
+            _merge(tree, _read_file(word, None))
         else:
             raise ConfigError(f"{word!r} is neither a YAML file nor key=value")
     try:
         return TypeAdapter(root).validate_python(tree)
     except ValidationError as error:
         known = config_keys(root)
-        problems = sorted({_explain(e, known) for e in error.errors()})
+        errors = error.errors()[:_LISTED_PROBLEMS]
+        # Of a union that a value is not of, one branch is enough: the type is named whole.
+        problems = sorted(dict(_explain(error, known) for error in reversed(errors)).values())
+        if error.error_count() > len(errors):
+            problems.append(f"... and {error.error_count() - len(errors)} more")
         raise ConfigError("\n".join(problems)) from None
 
 
@@ -57,7 +71,8 @@ def config_help(root: type[Any], usage: str) -> str:
         f"  {key:<{widths[0]}}  {kind:<{widths[1]}}  {default:<{widths[2]}}  {text}"
         for key, kind, default, text in rows
     ]
-    return f"{root.__doc__}\n\nusage: {usage}\n\nkeys (name, type, default, meaning):\n" + "\n".join(lines)
+    head = f"{root.__doc__}\n\nusage: {usage}\n\nkeys (name, type, default, meaning):"
+    return "\n".join([head, *lines, "", _WORDS_HELP])
 
 
 def config_keys(root: type[Any], prefix: str = "") -> dict[str, tuple[str, str, FieldInfo]]:
@@ -103,41 +118,101 @@ def command_line(root: type[Root], words: Sequence[str], usage: str) -> Root:
         sys.exit(2)
 
 
-def _read_yaml(name: str, beside: AnyPath | None, seen: tuple[AnyPath, ...] = ()) -> dict[str, Any]:
+def _read_file(name: str, beside: AnyPath | None, seen: tuple[AnyPath, ...] = ()) -> dict[str, Any]:
     """The values of a file, whose name is relative to the file `beside` that extends it."""
     try:
         path = any_path(name)
         if isinstance(path, Path) and beside is not None and not path.is_absolute():
             path = beside.parent / name
         path = path.resolve()
-        if path in seen:
-            raise ConfigError(f"{path}: extends itself through {', '.join(p.name for p in seen)}")
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except PathError as error:
+        raise ConfigError(str(error)) from None
+    except RuntimeError:
+        raise ConfigError(f"{name}: a symbolic link that leads to itself") from None
+    if path in seen:
+        raise ConfigError(f"{path}: extends itself through {', '.join(p.name for p in seen)}")
+    try:
+        tree = read_yaml(path)
     except PathError as error:
         raise ConfigError(str(error)) from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if tree is None:
+        return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys and values")
-    base = tree.pop("extends", None)
-    if base is None:
+    if "extends" not in tree:
         return tree
-    merged = _read_yaml(str(base), path, (*seen, path))
+    base = tree.pop("extends")
+    if not isinstance(base, str) or not base or "\0" in base:
+        raise ConfigError(f"{path}: extends: expected the path of a YAML file, found {base!r:.60}")
+    merged = _read_file(base, path, (*seen, path))
     _merge(merged, tree)
     return merged
 
 
-def _parse(value: str, word: str) -> Any:
+def _hint(root: type[Any], parts: Sequence[str]) -> Any:
+    """The type of a dotted key, or Any where there is no such key: what is wrong with it is told later."""
+    hint: Any = root
+    for part in parts:
+        while get_origin(hint) is Annotated:
+            hint = get_args(hint)[0]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            hint = get_type_hints(hint, include_extras=True).get(part, Any)
+        elif get_origin(hint) is dict:
+            hint = get_args(hint)[1]
+        else:
+            return Any
+    return hint
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """The types that a value of this type may have: those of a union, and without annotations."""
+    if get_origin(hint) is Annotated:
+        return _kinds(get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType):
+        return [kind for argument in get_args(hint) for kind in _kinds(argument)]
+    return [hint]
+
+
+def _value_of(word: str, value: str, hint: Any) -> Any:
+    """The value that a word's text has for a key of this type.
+
+    Raises ConfigError if it is neither what the type takes as it stands nor YAML.
+    """
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"{word!r}: the value is not YAML; put it in quotes") from None
+        word.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{word!r:.60}: not valid Unicode") from None
+    kinds = _kinds(hint)
+    if type(None) in kinds and value in ("null", "~"):
+        return None
+    of_texts = [kind for kind in kinds if get_origin(kind) in (tuple, list) and str in _kinds(get_args(kind)[0])]
+    if of_texts and value.startswith("["):
+        return _parse(word, value, only_texts=True)
+    if str in kinds or of_texts or any(value in get_args(kind) for kind in kinds if get_origin(kind) is Literal):
+        return value
+    return _parse(word, value)
+
+
+def _parse(word: str, value: str, only_texts: bool = False) -> Any:
+    if "\n" in value or "\r" in value:
+        # YAML would make a space of it.
+        raise ConfigError(f'{word!r:.60}: a line break in a value that is not one text; in a list write it "\\n"')
+    try:
+        return parse_yaml(value, only_texts=only_texts)
+    except ValueError as error:
+        reason = str(error).removeprefix("not valid YAML: ")
+        raise ConfigError(f"{word!r:.60}: the value is not YAML, which this key's type wants: {reason}") from None
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:
-    for part in reversed(key.split(".")):
+    parts = key.split(".")
+    if len(parts) > _MOST_PARTS:
+        raise ConfigError(f"{key:.60}...: unknown key of {len(parts)} parts")
+    for part in reversed(parts):
         value = {part: value}
     return value
 
@@ -150,8 +225,8 @@ def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
             tree[key] = value
 
 
-def _explain(error: Mapping[str, Any], known: Mapping[str, Any]) -> str:
-    """One pydantic error as a sentence about a dotted key."""
+def _explain(error: Mapping[str, Any], known: Mapping[str, Any]) -> tuple[str, str]:
+    """The dotted key that a pydantic error is about, and a sentence about it."""
     # A union's branches stand in the location too; a key's own name never holds their characters.
     parts = [str(part) for part in error["loc"]]
     known = {_with_names(name.split("."), parts): value for name, value in known.items()}
@@ -161,14 +236,14 @@ def _explain(error: Mapping[str, Any], known: Mapping[str, Any]) -> str:
         key = ".".join(parts)
     if error["type"] == "unexpected_keyword_argument":
         sections = {name.rpartition(".")[0] for name in known} - {""}
-        near = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0)
-        return f"{key}: unknown key; did you mean {near[0]}?"
+        near = difflib.get_close_matches(key[:_LONGEST_NAME], [*known, *sections], n=1, cutoff=0)
+        return key, f"{key}: unknown key; did you mean {near[0]}?"
     if error["type"] == "missing":
-        return f"{key}: required"
+        return key, f"{key}: required"
     if error["type"] == "value_error":
-        return f"{key}: {error['ctx']['error']}"
+        return key, f"{key}: {error['ctx']['error']}"
     expected = f"; expected {known[key][0]}" if key in known else ""
-    return f"{key}: {error['msg']}, got {error['input']!r}{expected}"
+    return key, f"{key}: {error['msg']}, got {error['input']!r:.200}{expected}"
 
 
 def _with_names(key: list[str], parts: list[str]) -> str:

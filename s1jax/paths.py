@@ -256,7 +256,7 @@ def any_path(text: str | AnyPath) -> AnyPath:
         return text
     scheme, separator, key = text.partition("://")
     if not separator:
-        return Path(text).expanduser()
+        return Path(os.path.expanduser(text))  # Leaves ~nobody as it is, where pathlib raises.
     if scheme not in BUCKET_SCHEMES:
         known = " and ".join(f"{name}://" for name in BUCKET_SCHEMES)
         raise PathError(f"{text}: {scheme}:// is not known; paths are local, or begin with {known}")

@@ -1,5 +1,6 @@
 """Reading a model's tokenizer."""
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,3 +50,12 @@ def _load(path: str) -> PreTrainedTokenizerBase:
     else:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     return tokenizer
+
+
+def check_vocabulary(vocabulary: Mapping[str, int], vocab_size: int) -> None:
+    """Raise ValueError if a tokenizer's vocabulary has ids for which a model with so many has no embedding."""
+    last = max(vocabulary.values())
+    if last >= vocab_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {last}, the model's vocabulary only {vocab_size}: they do not belong together"
+        )

@@ -39,7 +39,7 @@ def test_help_lists_every_key_with_type_default_and_meaning(root: type) -> None:
         (["batch_size=yes"], "batch_size: .*True; expected int"),
         (["batch_size=0"], "batch_size: .*greater than or equal to 1, got 0"),
         (["model.dtype=float8"], r"model\.dtype: .*'float8'; expected float32\|bfloat16\|float16"),
-        (["input=3"], "input: .*got 3; expected str"),
+        (["model={path: 3}"], r"model\.path: .*got 3; expected str"),
         (["batch_size"], "'batch_size' is neither a YAML file nor key=value"),
         (["batch_size=[1"], "is not YAML"),
         (["missing.yaml"], r"missing\.yaml: No such file"),

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
-from s1jax.config import STRICT, NonNegative, PathText, Positive, Separated, WholeNumber
+from s1jax.config import STRICT, NonNegative, PathText, Positive, SeparatedTexts, WholeNumber
 from s1jax.curation.sections import DistillSection, DomainsSection, GradeSection, StudentSection
 
 
@@ -30,7 +30,7 @@ class SourceSection:
         default=None, description="the reference is what follows the last of these in the column; GSM8K: '####'"
     )
     domain: str | None = Field(default=None, description="column of the domain; null: unknown, or ask in domains")
-    metadata: Annotated[tuple[str, ...], Separated] = Field(default=(), description="further columns to keep")
+    metadata: Annotated[tuple[str, ...], SeparatedTexts] = Field(default=(), description="further columns to keep")
     limit: Positive | None = Field(default=None, description="so many of the first rows; null: all")
 
 
@@ -48,7 +48,7 @@ class EvaluationSetSection:
 class FilterSection:
     """What is dropped before the selection."""
 
-    asy_sources: Annotated[tuple[str, ...], Separated] = Field(
+    asy_sources: Annotated[tuple[str, ...], SeparatedTexts] = Field(
         default=(), description="sources whose questions may contain [asy]"
     )
 

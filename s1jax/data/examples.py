@@ -3,6 +3,7 @@
 All that is wrong with the data is reported at once, with its place, before anything starts.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -119,25 +120,26 @@ def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, *, block_size: 
         ValueError: if the tokenizer cannot be used for s1's text.
     """
     source = read_source(path)
-    markers = chat.turn_markers(tokenizer)
+    chat.check_chatml(tokenizer)
     fmt = _find_format(source)
     if fmt.needs_template and not tokenizer.chat_template:
         raise ValueError(f"the tokenizer has no chat template, which rows of format {fmt.name} are rendered with")
 
     problems = list(source.problems)
-    texts: dict[int, str] = {}
+    rendered: dict[int, list[chat.Piece]] = {}
     for number, row in source.rows:
         try:
-            texts[number] = fmt.model_validate(row).render(tokenizer)
+            rendered[number] = fmt.model_validate(row).render(tokenizer)
         except ValidationError as error:
             problems.extend(Problem(number, text) for text in problems_of(error))
+        except (chat.TemplateError, chat.UnfaithfulError) as error:
+            problems.append(Problem(number, str(error)))
 
     examples = []
     truncated = dropped = 0
-    for (number, text), ids in zip(texts.items(), _tokenize(list(texts.values()), tokenizer), strict=True):
-        mask = chat.loss_mask(ids, markers)
+    for (number, pieces), (ids, mask) in zip(rendered.items(), _tokenize([*rendered.values()], tokenizer), strict=True):
         is_overlong = ids.size > block_size
-        problem = _check_turns(text, ids, mask, markers) or _check_length(mask, block_size, overlong)
+        problem = _check_pieces(pieces, ids, mask, tokenizer) or _check_length(mask, block_size, overlong)
         if problem:
             problems.append(Problem(number, problem))
         elif is_overlong and overlong == "drop":
@@ -166,28 +168,42 @@ def _find_format(source: Source) -> type[Row]:
     raise source.error(problems)
 
 
-def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Int32[np.ndarray, " length"]]:
-    for start in range(0, len(texts), TOKENIZER_BATCH):
-        batch = texts[start : start + TOKENIZER_BATCH]
+_Tokens = tuple[Int32[np.ndarray, " length"], Bool[np.ndarray, " length"]]
+
+
+def _tokenize(rendered: list[list[chat.Piece]], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
+    """Ids and loss mask of each text, its pieces tokenised one by one, as a prompt and its continuation are."""
+    for start in range(0, len(rendered), TOKENIZER_BATCH):
+        batch = rendered[start : start + TOKENIZER_BATCH]
+        texts = [piece.text for pieces in batch for piece in pieces]
         # verbose=False: lengths are checked here, against block_size and not the tokenizer's own maximum.
-        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-            yield np.array(ids, np.int32)
+        encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+        for pieces in batch:
+            parts = [next(encoded) for _ in pieces]
+            trained = np.repeat([piece.trained for piece in pieces], [len(part) for part in parts])
+            yield np.array([i for part in parts for i in part], np.int32), trained
 
 
-def _check_turns(
-    text: str,
+def _check_pieces(
+    pieces: list[chat.Piece],
     ids: Int32[np.ndarray, " length"],
     mask: Bool[np.ndarray, " length"],
-    markers: chat.TurnMarkers,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> str | None:
-    turns = text.count(chat.RESPONSE_MARKER)
-    if turns == 0:
+    text = "".join(piece.text for piece in pieces)
+    if chat.RESPONSE_MARKER not in text:
         return f"nothing to train on: there is no {chat.RESPONSE_MARKER!r} in the text"
-    # A tokenizer may merge the marker's line break with one after it: the turn would be lost in silence.
-    if chat.find_marker(ids, markers.response).size < turns:
+    # Tokenised as a whole, the marker's line break would be one token with those after it, and so it is in texts that
+    # models were trained on before.
+    if any(piece.trained and re.match(r"\s*[\r\n]", piece.text) for piece in pieces):
         return "an assistant turn begins with a line break, so its start cannot be told: strip its content"
     if not mask.any():
         return "nothing to train on: no text follows the start of the assistant turn"
+    backend = tokenizer.backend_tokenizer
+    if backend.normalizer is not None:
+        text = "".join(backend.normalizer.normalize_str(piece.text) for piece in pieces)
+    if backend.decode(ids.tolist(), skip_special_tokens=False) != text:
+        return "the tokenizer does not give the text back that it is given: it does not know all of its characters"
     return None
 
 
@@ -195,5 +211,5 @@ def _check_length(mask: Bool[np.ndarray, " length"], block_size: int, overlong: 
     if overlong == "error" and mask.size > block_size:
         return f"{mask.size} tokens are over block_size={block_size} (overlong: truncate or drop accepts that)"
     if overlong == "truncate" and not mask[:block_size].any():
-        return f"nothing to train on within block_size={block_size}: the prompt takes {np.argmax(mask)} tokens"
+        return f"nothing to train on within block_size={block_size}: the prompt takes {mask.argmax()} tokens"
     return None

@@ -35,6 +35,13 @@ def _check_list(value: list[str]) -> list[str]:
     return value
 
 
+def _check_absent(value: Any) -> Any:
+    if value:
+        raise PydanticCustomError("unsupported", "is not supported, it would be left out of the training text")
+    return value
+
+
+Absent = Annotated[Any, AfterValidator(_check_absent)]
 Text = Annotated[str, AfterValidator(_check_text)]
 Texts = Annotated[list[Text], AfterValidator(_check_list)]
 
@@ -50,8 +57,8 @@ class Row(BaseModel):
     """The column that tells the format."""
     needs_template: ClassVar[bool] = True
 
-    def render(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The training text of this row."""
+    def render(self, tokenizer: PreTrainedTokenizerBase) -> list[chat.Piece]:
+        """The training text of this row, in pieces. Raises TemplateError or UnfaithfulError."""
         raise NotImplementedError
 
 
@@ -63,17 +70,41 @@ class TextRow(Row):
     needs_template = False
     text: Text
 
-    def render(self, tokenizer: PreTrainedTokenizerBase) -> str:
+    def render(self, tokenizer: PreTrainedTokenizerBase) -> list[chat.Piece]:
         """The text as it is."""
-        return self.text
+        return chat.split_text(self.text)
 
 
 class Message(BaseModel):
-    """One turn of a conversation."""
+    """One turn of a conversation; what the assistant thought before it may have either of two names."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="allow")
     role: Literal["system", "user", "assistant"]
     content: Text
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> "Message":
+        for key, value in (self.model_extra or {}).items():
+            if value is not None:
+                raise PydanticCustomError(
+                    "unsupported", "has {key}, which would be left out of the training text", {"key": repr(key)}
+                )
+        thoughts = {text for text in (self.reasoning_content, self.reasoning) if text and text.strip()}
+        if len(thoughts) > 1:
+            raise PydanticCustomError("two_thoughts", "has a reasoning and another reasoning_content")
+        if thoughts and self.role != "assistant":
+            raise PydanticCustomError("thought", "has reasoning, though it is not the assistant's")
+        for text in thoughts:
+            _check_text(text)
+        return self
+
+    def for_template(self) -> dict[str, str]:
+        """The message under the names that chat templates read; a blank thought is none."""
+        thought = self.reasoning_content or self.reasoning or ""
+        message = {"role": self.role, "content": self.content}
+        return {**message, "reasoning_content": thought} if thought.strip() else message
 
 
 class MessagesRow(Row):
@@ -82,6 +113,8 @@ class MessagesRow(Row):
     name = "messages"
     column = "messages"
     messages: list[Message]
+    tools: Absent = None
+    chat_template_kwargs: Absent = None
 
     @model_validator(mode="after")
     def _check_turns(self) -> "MessagesRow":
@@ -92,9 +125,9 @@ class MessagesRow(Row):
             raise PydanticCustomError("no_assistant", "there is no assistant turn among the messages")
         return self
 
-    def render(self, tokenizer: PreTrainedTokenizerBase) -> str:
+    def render(self, tokenizer: PreTrainedTokenizerBase) -> list[chat.Piece]:
         """The conversation by the tokenizer's chat template."""
-        return chat.render([message.model_dump() for message in self.messages], tokenizer)
+        return chat.render_conversation([message.for_template() for message in self.messages], tokenizer)
 
 
 class S1K11Row(Row):
@@ -106,10 +139,9 @@ class S1K11Row(Row):
     deepseek_thinking_trajectory: Text
     deepseek_attempt: Text
 
-    def render(self, tokenizer: PreTrainedTokenizerBase) -> str:
+    def render(self, tokenizer: PreTrainedTokenizerBase) -> list[chat.Piece]:
         """The example in s1's format."""
-        messages = chat.s1_messages(self.question, self.deepseek_thinking_trajectory, self.deepseek_attempt)
-        return chat.render(messages, tokenizer)
+        return chat.render_s1(self.question, self.deepseek_thinking_trajectory, self.deepseek_attempt, tokenizer)
 
 
 class S1KRow(Row):
@@ -121,10 +153,9 @@ class S1KRow(Row):
     thinking_trajectories: Texts
     attempt: Text
 
-    def render(self, tokenizer: PreTrainedTokenizerBase) -> str:
+    def render(self, tokenizer: PreTrainedTokenizerBase) -> list[chat.Piece]:
         """The example in s1's format."""
-        messages = chat.s1_messages(self.question, "\n".join(self.thinking_trajectories), self.attempt)
-        return chat.render(messages, tokenizer)
+        return chat.render_s1(self.question, "\n".join(self.thinking_trajectories), self.attempt, tokenizer)
 
 
 FORMATS: tuple[type[Row], ...] = (TextRow, MessagesRow, S1K11Row, S1KRow)

@@ -10,13 +10,14 @@ from functools import lru_cache
 from typing import Annotated
 
 import numpy as np
-import yaml
 from jaxtyping import Bool
 from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 from transformers import PreTrainedTokenizerBase
 
 from s1jax.paths import AnyPath, any_path
+from s1jax.plain_yaml import read_yaml
+from s1jax.tokenizer import check_vocabulary
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,9 @@ def load_profile(name_or_path: str | AnyPath) -> DelimiterProfile:
             "nor an existing YAML file"
         )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"delimiter profile {path}: not valid YAML: {error}") from error
+        content = read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"delimiter profile {path}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"delimiter profile {path}: expected keys and values, found {type(content).__name__}")
     try:
@@ -192,12 +193,8 @@ def tokenize_profile(profile: DelimiterProfile, tokenizer: PreTrainedTokenizerBa
     eos is not exactly one id, or a text has pieces that the tokenizer does not know.
     """
     vocabulary = tokenizer.get_vocab()
+    check_vocabulary(vocabulary, vocab_size)
     known = sorted(vocabulary.values())
-    if known[-1] >= vocab_size:
-        raise ValueError(
-            f"the tokenizer has ids up to {known[-1]}, the model's vocabulary only {vocab_size}: "
-            "they do not belong together"
-        )
     problems: list[str] = []
 
     def encode(key: str, text: str) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from s1jax.decoding.profiles import ProfileIds, load_profile, tokenize_profile
 from s1jax.decoding.sampling import Sampling
 from s1jax.jsonl import LISTED_PROBLEMS, InputError
 from s1jax.model.config import QwenConfig
-from s1jax.model.hf import resolve_model
+from s1jax.model.hf import check_sizes, resolve_model
 from s1jax.model.load import load_model
 from s1jax.tokenizer import load_tokenizer
 
@@ -33,6 +33,7 @@ def prepare(config: GenerateConfig | EvaluateConfig) -> Setup:
     directory = resolve_model(config.model.path)
     tokenizer = load_tokenizer(directory)
     model_config = QwenConfig.from_directory(directory)
+    check_sizes(directory, model_config)
     profile = tokenize_profile(load_profile(config.budget.profile), tokenizer, model_config.vocab_size)
     return Setup(tokenizer, profile, model_config.max_position_embeddings, sampling_of(config.sampling))
 

@@ -21,7 +21,7 @@ from s1jax.evaluation.grading import Grader
 from s1jax.evaluation.report import write_report
 from s1jax.evaluation.runs import Run, plan_runs
 from s1jax.evaluation.summary import Line, accepted, summarise
-from s1jax.evaluation.tasks import Question, load_task
+from s1jax.evaluation.tasks import Question, load_tasks
 from s1jax.paths import any_path, write_whole
 from s1jax.processes import together
 from s1jax.resume import keep_settings
@@ -124,7 +124,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
 
 
 def _questions(config: EvaluateConfig) -> list[Question]:
-    return [q for task in config.tasks for q in load_task(task, seed=config.sampling.seed, limit=config.limit)]
+    return load_tasks(config.tasks, seed=config.sampling.seed, limit=config.limit)
 
 
 def _key(row: Line) -> _Key:

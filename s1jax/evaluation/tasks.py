@@ -1,5 +1,6 @@
 """Problems with known answers: the benchmarks that s1 reports, and files of one's own."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,19 +54,35 @@ TASKS = {
 }
 
 
+def load_tasks(tasks: Sequence[str], *, seed: int, limit: int | None) -> list[Question]:
+    """The questions of several tasks, as `load_task` reads each.
+
+    Raises InputError if two have one name: their results would be taken for each other's.
+    """
+    by_name: dict[str, str] = {}
+    for task in tasks:
+        name = _name(task)
+        if name in by_name:
+            raise InputError(f"tasks: {by_name[name]} and {task} have one name, {name}: give one of them another")
+        by_name[name] = task
+    return [question for task in tasks for question in load_task(task, seed=seed, limit=limit)]
+
+
 def load_task(task: str, *, seed: int, limit: int | None) -> list[Question]:
     """The first `limit` questions of a task: a name in `TASKS`, or a file whose rows have `problem` and `answer`.
 
-    GPQA's options are shuffled, by `seed`. Raises InputError listing every row that cannot be used.
+    GPQA's options are shuffled, by `seed`. Raises InputError listing every row that cannot be used, those among
+    them that have the id of another one.
     """
     hub = TASKS.get(task)
     if hub is None and not any_path(task).is_file():
         raise InputError(f"{task}: neither a file nor a known task ({', '.join(TASKS)})")
     source = _read_hub(hub) if hub else read_source(task)
     layout = hub or HubTask(task, "")
-    name = task if hub else any_path(task).stem
+    name = _name(task)
     rng = np.random.default_rng(seed)
     problems, questions = list(source.problems), []
+    rows_by_id: dict[str, int] = {}
     for index, (number, row) in enumerate(source.rows):
         text, answer = _first(row, layout.question), _first(row, layout.answer)
         others = [_first(row, (key,)) for key in layout.other_options]
@@ -74,16 +91,28 @@ def load_task(task: str, *, seed: int, limit: int | None) -> list[Question]:
         if missing:
             problems += [Problem(number, f"{key}: expected a text, found {describe(row.get(key))}") for key in missing]
             continue
+        identity = row.get("id", index)
+        if not isinstance(identity, str | int) or isinstance(identity, bool):
+            problems.append(Problem(number, f"id: expected a text or a whole number, found {describe(identity)}"))
+            continue
+        if first := rows_by_id.get(str(identity)):
+            problems.append(Problem(number, f"id {str(identity)!r:.60} stands in {source.unit} {first} too"))
+            continue
+        rows_by_id[str(identity)] = number
         kind: Kind = "math"
         if layout.worked:
             answer = str(answer).rpartition("####")[2].strip()
         elif others:
             text, answer = _shuffled(str(text), [str(answer), *map(str, others)], rng)
             kind = "choice"
-        questions.append(Question(name, str(row.get("id", index)), str(text), str(answer), kind))
+        questions.append(Question(name, str(identity), str(text), str(answer), kind))
     if problems:
         raise source.error(problems)
     return questions[:limit]
+
+
+def _name(task: str) -> str:
+    return task if task in TASKS else any_path(task).stem
 
 
 def _first(row: dict[str, Any], keys: tuple[str, ...]) -> str | None:

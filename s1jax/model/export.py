@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from s1jax.model.config import read_config_json
+from s1jax.model.config_json import read_config_json
 from s1jax.model.hf import INDEX_FILE, SINGLE_FILE, expected_shapes, get_at, stored_tensors
 from s1jax.model.hf_names import TensorLayout
 from s1jax.model.qwen import Params, Qwen

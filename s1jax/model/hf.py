@@ -4,9 +4,9 @@ The whole directory is checked first, then each process reads the rows of which 
 of them, block by block.
 """
 
-import json
 import math
 import mmap
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -19,19 +19,23 @@ import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from s1jax.model.config import QwenConfig
 from s1jax.model.hf_names import Index, TensorLayout, tensor_layouts
 from s1jax.model.qwen import Params, Qwen
 from s1jax.model.safetensors_files import DTYPES, CheckpointError, StoredTensor, read_header
 from s1jax.paths import AnyPath, BucketPath, any_path
+from s1jax.strict_json import parse_json
 from s1jax.tokenizer import TOKENIZER_FILES
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 _BLOCK_BYTES = 2**25
 """What is read, cast and transposed at a time."""
+_FILE_NAME = re.compile(r"[^\x00-\x1f\ud800-\udfff]{1,255}")
 _ALIGNMENT = 64
 """Of arrays on a CPU, in bytes."""
 _HUGE_PAGE = 2**21
@@ -78,6 +82,25 @@ def stored_dtypes(directory: AnyPath) -> set[str]:
     return {tensor.dtype for tensor in _find(directory).values()}
 
 
+def check_sizes(directory: AnyPath, config: QwenConfig) -> None:
+    """Compare depth, width and vocabulary with the checkpoint's tensors, before anything of such a size is built.
+
+    Raises CheckpointError if they differ, or the checkpoint cannot be read.
+    """
+    _compare_sizes(directory, config, _find(directory))
+
+
+def _compare_sizes(directory: AnyPath, config: QwenConfig, found: dict[str, StoredTensor]) -> None:
+    layers = {match[1] for name in found if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+    if config.num_hidden_layers > len(layers):
+        problem = f"config.json has num_hidden_layers {config.num_hidden_layers}, there are tensors of {len(layers)}"
+        raise CheckpointError(directory, [problem])
+    name, shape = _EMBEDDING, (config.vocab_size, config.hidden_size)
+    if name in found and found[name].shape != shape:
+        problem = f"{name} has shape {list(found[name].shape)}, config.json implies {list(shape)}"
+        raise CheckpointError(directory, [problem])
+
+
 def load_params(directory: AnyPath, model: Qwen, mesh: Mesh, *, stacked: bool = True) -> Params:
     """Read a checkpoint into arrays sharded over the mesh, cast to `model.param_dtype`; layers stacked or unrolled.
 
@@ -91,7 +114,30 @@ def load_params(directory: AnyPath, model: Qwen, mesh: Mesh, *, stacked: bool = 
         arrays = readers.map(lambda layout: _read(layout, get_at(abstract, layout.path), stored, run), layouts)
         for layout, array in zip(layouts, arrays, strict=True):
             _set(params, layout.path, array)
+    _check_finite(directory, model, layouts, params, mesh)
     return params
+
+
+def _check_finite(directory: AnyPath, model: Qwen, layouts: list[TensorLayout], params: Params, mesh: Mesh) -> None:
+    """Raise CheckpointError that names the first tensor with a NaN or an infinite weight.
+
+    They are looked for on the devices, so that every process comes to the same answer.
+    """
+
+    @partial(jax.jit, static_argnums=1, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    def finite(array: jax.Array, per_layer: bool) -> jax.Array:
+        return jnp.isfinite(array).all(axis=tuple(range(per_layer, array.ndim)))
+
+    found = [finite(get_at(params, layout.path), layout.per_layer) for layout in layouts]
+    bad = {
+        layout.name.format(layer)
+        for layout, answer in zip(layouts, found, strict=True)
+        for layer in np.flatnonzero(~np.asarray(answer).reshape(-1))
+    }
+    if bad:
+        first = next(name for layout, i in stored_tensors(model) if (name := layout.name.format(i)) in bad)
+        others = f" and {len(bad) - 1} other tensors" if len(bad) > 1 else ""
+        raise CheckpointError(directory, [f"NaN or infinite weights in {first}{others}"])
 
 
 @contextmanager
@@ -204,10 +250,11 @@ def _check(directory: AnyPath, model: Qwen) -> dict[str, StoredTensor]:
     """Every tensor that the model needs; raises CheckpointError with everything that is amiss."""
     problems: list[str] = []
     found = _find(directory)
+    _compare_sizes(directory, model.config, found)
     wanted = expected_shapes(model)
     ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
     if model.config.tie_word_embeddings:
-        ignored.add("lm_head.weight")  # Some tied checkpoints carry the copy; transformers ignores it too.
+        ignored.add(_HEAD)  # Some tied checkpoints carry the copy.
     problems += [f"missing tensor {name}" for name in wanted if name not in found]
     problems += [f"unexpected tensor {name}" for name in sorted(set(found) - set(wanted) - ignored)]
     for name, shape in wanted.items():
@@ -218,9 +265,30 @@ def _check(directory: AnyPath, model: Qwen) -> dict[str, StoredTensor]:
             problems.append(f"{name} has shape {list(stored.shape)}, config.json implies {list(shape)}")
         if stored.dtype not in DTYPES:
             problems.append(f"{name} is stored as {stored.dtype}; expected one of {', '.join(sorted(DTYPES))}")
+    if not problems and _HEAD in found and _HEAD in ignored and not _same(found[_HEAD], found[_EMBEDDING]):
+        problems.append(
+            f"{_HEAD} differs from {_EMBEDDING}, though config.json has tie_word_embeddings true: "
+            "set it to false to use the head as it is, or remove the tensor"
+        )
     if problems:
         raise CheckpointError(directory, problems)
     return {name: found[name] for name in wanted}
+
+
+def _same(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors hold the same numbers, read block by block up to the first that differ."""
+    if one.shape != other.shape or one.dtype not in DTYPES:
+        return False
+    step = max(1, _BLOCK_BYTES // max(one.row_bytes, other.row_bytes))
+    spans = [(start, min(start + step, one.shape[0])) for start in range(0, one.shape[0], step)]
+    # As bytes where they are of one dtype: a NaN is the same as its copy, and is refused by its own name.
+    as_bytes = one.dtype == other.dtype
+
+    def numbers(tensor: StoredTensor, span: tuple[int, int]) -> np.ndarray:
+        rows = tensor.read_rows(*span)
+        return rows.view(np.uint8) if as_bytes else rows.astype(np.float32)
+
+    return all(np.array_equal(numbers(one, span), numbers(other, span)) for span in spans)
 
 
 def _find(directory: AnyPath) -> dict[str, StoredTensor]:
@@ -264,13 +332,20 @@ def _weight_files(directory: AnyPath, problems: list[str]) -> list[tuple[AnyPath
         problems.append(problem)
         return []
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        by_file: dict[str, set[str]] = {}
-        for name, file in weight_map.items():
-            by_file.setdefault(file, set()).add(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        problems.append(f"{INDEX_FILE}: not an index with a weight_map ({error!r})")
+        content = parse_json(index.read_bytes())
+    except ValueError as error:
+        problems.append(f"{INDEX_FILE}: {error}")
         return []
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        problems.append(f"{INDEX_FILE}: expected an object with a weight_map, which says in which file each tensor is")
+        return []
+    by_file: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
+            problems.append(f"{INDEX_FILE}: {name:.100} is placed in {file!r:.100}, expected the name of a file")
+            return []
+        by_file.setdefault(file, set()).add(name)
     outside = sorted(file for file in by_file if file.startswith("/") or ".." in PurePosixPath(file).parts)
     problems += [f"{INDEX_FILE}: names {file}, outside the directory" for file in outside]
     return [(directory / file, names) for file, names in sorted(by_file.items()) if file not in outside]

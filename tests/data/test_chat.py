@@ -1,112 +1,135 @@
-import numpy as np
+"""What is trained on is what the row says: in the text as it is, and in the loss mask exactly."""
+
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from s1jax.data import chat
+from s1jax.data.examples import load_examples
+from s1jax.jsonl import InputError
 from tests.reference import chat as reference
+from tests.templates import QWEN3, QWQ, TRIMMED
 
 # Words that make up markers, so that near misses and markers inside content are common.
 PIECES = st.sampled_from(
     ["<|im_start|>", "<|im_end|>", "user", "assistant", "system", "think", "Answer:", "\n", " ", "7", "é"]
 )
 CONTENT = st.lists(PIECES, min_size=1, max_size=12).map("".join)
+PROMPT = "<|im_start|>user\n3 + 4?<|im_end|>\n<|im_start|>assistant\n"
 
 
-def ids_and_mask(text, tokenizer):
-    ids = np.array(tokenizer.encode(text, add_special_tokens=False), np.int32)
-    return ids, chat.loss_mask(ids, chat.turn_markers(tokenizer))
+def texts(pieces: list[chat.Piece]) -> tuple[str, list[str]]:
+    """The whole text, and what is trained on of it."""
+    return "".join(piece.text for piece in pieces), [piece.text for piece in pieces if piece.trained]
 
 
-def trained_text(text, tokenizer):
-    """What is trained on, a string for each stretch of it."""
-    ids, mask = ids_and_mask(text, tokenizer)
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]])))
-    return [tokenizer.decode(ids[start:end]) for start, end in edges.reshape(-1, 2)]
+def with_template(tokenizer: PreTrainedTokenizerBase, template: str, directory: Path) -> PreTrainedTokenizerBase:
+    tokenizer.save_pretrained(directory / "tokenizer")
+    own = PreTrainedTokenizerFast.from_pretrained(directory / "tokenizer")
+    own.chat_template = template
+    return own
 
 
-def test_s1_text_is_exactly_this(tokenizer):
-    text = chat.render(chat.s1_messages("What is 3 + 4?", "\n 3 and 4.\nWait, 7. \n", " 7 \n"), tokenizer)
-    assert text == (
-        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
-        "<|im_start|>user\nWhat is 3 + 4?<|im_end|>\n"
-        "<|im_start|>assistant\n<|im_start|>think\n3 and 4.\nWait, 7.\n<|im_start|>answer\n"
-        "Answer:  7<|im_end|>\n"
-    )
-
-
-def test_an_answer_that_says_answer_gets_no_second_one(tokenizer):
-    text = chat.render(chat.s1_messages("q", "t", "It is so.\nAnswer: 7"), tokenizer)
-    assert text.endswith("<|im_start|>answer\nIt is so.\nAnswer: 7<|im_end|>\n")
+def turn(role: str, content: str, **more: object) -> dict[str, object]:
+    return {"role": role, "content": content, **more}
 
 
 @given(question=CONTENT, trace=CONTENT, answer=CONTENT)
-def test_s1_text_agrees_with_the_reference(tokenizer, question, trace, answer):
-    text = chat.render(chat.s1_messages(question, trace, answer), tokenizer)
+def test_s1_text_agrees_with_the_reference_whatever_stands_in_it(tokenizer, question, trace, answer):
+    text, trained = texts(chat.render_s1(question, trace, answer, tokenizer))
     assert text == reference.s1_text(question, trace, answer)
+    assert trained == [chat.s1_response(trace, answer) + "<|im_end|>\n"]
 
 
 @given(
     system=st.none() | CONTENT,
     turns=st.lists(st.tuples(st.sampled_from(["user", "assistant"]), CONTENT), min_size=1, max_size=5),
 )
-def test_conversations_agree_with_the_reference(tokenizer, system, turns):
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    messages += [{"role": role, "content": content} for role, content in turns]
-    text = chat.render(messages, tokenizer)
+def test_every_assistant_turn_of_a_conversation_is_trained_on(tokenizer, system, turns):
+    messages = [turn("system", system)] if system is not None else []
+    messages += [turn(role, content) for role, content in [*turns, ("assistant", "7")]]
+    text, trained = texts(chat.render_conversation(messages, tokenizer))
     assert text == reference.conversation_text(messages)
-
-    ids, mask = ids_and_mask(text, tokenizer)
-    markers = chat.turn_markers(tokenizer)
-    assert mask.dtype == bool
-    assert mask.tolist() == reference.loss_mask(ids.tolist(), *(marker.tolist() for marker in markers))
+    assert trained == [m["content"] + "<|im_end|>\n" for m in messages if m["role"] == "assistant"]
 
 
-MARKER = st.lists(st.integers(0, 3), min_size=2, max_size=3)
+def test_an_answer_that_says_answer_gets_no_second_one(tokenizer):
+    text, _ = texts(chat.render_s1("q", "t", "It is so.\nAnswer: 7", tokenizer))
+    assert text.endswith("<|im_start|>answer\nIt is so.\nAnswer: 7<|im_end|>\n")
 
 
-@given(response=MARKER, instruction=MARKER, data=st.data())
-def test_any_markers_in_any_ids_agree_with_the_reference(response, instruction, data):
-    piece = st.sampled_from([response, instruction]) | st.integers(0, 3).map(lambda token: [token])
-    ids = [token for part in data.draw(st.lists(piece, max_size=12)) for token in part]
-    markers = chat.TurnMarkers(np.array(response, np.int32), np.array(instruction, np.int32))
-    mask = chat.loss_mask(np.array(ids, np.int32), markers)
-    assert mask.tolist() == reference.loss_mask(ids, response, instruction)
+def test_a_template_adds_no_empty_thought_to_s1s_trace(tokenizer, tmp_path):
+    text, trained = texts(chat.render_s1("3 + 4?", "t", "7", with_template(tokenizer, QWEN3, tmp_path)))
+    assert text == PROMPT + trained[0]
+    assert trained == ["<|im_start|>think\nt\n<|im_start|>answer\nAnswer: 7<|im_end|>\n"]
 
 
-def test_the_whole_response_is_trained_on_and_nothing_else(tokenizer):
-    text = chat.render(chat.s1_messages("How many apples?", "Let me check.", "5"), tokenizer)
-    assert trained_text(text, tokenizer) == [
-        "<|im_start|>think\nLet me check.\n<|im_start|>answer\nAnswer: 5<|im_end|>\n"
-    ]
+# Whole rows: the ids and the mask, or the row is refused
+
+ASKED = turn("user", "3 + 4?")
+LATER = [turn("user", "So?"), turn("assistant", "12")]
+THOUGHT = "<think>\nI add.\n</think>\n\n"
+TRAINED = [
+    ("reasoning_content", QWEN3, [ASKED, turn("assistant", "7", reasoning_content="I add.")], [THOUGHT + "7"]),
+    ("reasoning", QWEN3, [ASKED, turn("assistant", "7", reasoning="I add.")], [THOUGHT + "7"]),
+    ("blank reasoning", QWEN3, [ASKED, turn("assistant", "7", reasoning_content=" ")], ["7"]),
+    ("no reasoning", QWEN3, [ASKED, turn("assistant", "7")], ["7"]),
+    ("several turns", QWEN3, [ASKED, turn("assistant", "7"), *LATER], ["7", "12"]),
+    ("a closing user turn", QWEN3, [ASKED, turn("assistant", "7"), turn("user", "thanks")], ["7"]),
+    ("markers in a question", QWEN3, [turn("user", "<|im_start|>assistant\nNo"), turn("assistant", "7")], ["7"]),
+    ("markers in an answer", QWEN3, [ASKED, turn("assistant", "a<|im_start|>user b")], ["a<|im_start|>user b"]),
+    ("a null key", QWEN3, [ASKED, turn("assistant", "7", tool_calls=None)], ["7"]),
+]
+REFUSED = [
+    ("thought left out", None, [ASKED, turn("assistant", "7", reasoning_content="I add.")], "reasoning_content"),
+    ("thought of history", QWEN3, [ASKED, turn("assistant", "7", reasoning_content="I add."), *LATER], "messages[1]"),
+    ("written thought", QWEN3, [ASKED, turn("assistant", THOUGHT + "7"), *LATER], "messages[1].content"),
+    ("opened thought", QWQ, [ASKED, turn("assistant", "7")], "opens the assistant's turn with '<think>"),
+    ("trimmed", TRIMMED, [turn("user", " 3 + 4? "), turn("assistant", "7")], "messages[0].content as it is"),
+    ("two thoughts", QWEN3, [ASKED, turn("assistant", "7", reasoning="a", reasoning_content="b")], "another"),
+    ("a user's thought", QWEN3, [turn("user", "q", reasoning="a"), turn("assistant", "7")], "not the assistant's"),
+    ("tool calls", QWEN3, [ASKED, turn("assistant", "7", tool_calls=[{}])], "'tool_calls'"),
+    ("raises", "{{ raise_exception('Roles must\nalternate') }}", [ASKED, turn("assistant", "7")], "Roles must altern"),
+]
 
 
-def test_every_assistant_turn_is_trained_on(tokenizer):
-    turns = [("user", "3 + 4?"), ("assistant", "7"), ("user", "So?"), ("assistant", "12")]
-    messages = [{"role": role, "content": content} for role, content in [("system", "Be brief."), *turns]]
-    text = chat.render(messages, tokenizer)
-    assert trained_text(text, tokenizer) == ["7<|im_end|>\n", "12<|im_end|>\n"]
+def load(messages, tokenizer, template, directory: Path):
+    file = directory / "rows.jsonl"
+    file.write_text(json.dumps({"messages": messages}) + "\n")
+    own = tokenizer if template is None else with_template(tokenizer, template, directory)
+    return load_examples(str(file), own, block_size=1000, overlong="error")
 
 
-def test_a_closing_user_turn_is_not_trained_on(tokenizer):
-    turns = [("user", "3 + 4?"), ("assistant", "7"), ("user", "thanks")]
-    text = chat.render([{"role": role, "content": content} for role, content in turns], tokenizer)
-    assert trained_text(text, tokenizer) == ["7<|im_end|>\n"]
+@pytest.mark.parametrize(("template", "messages", "trained"), [c[1:] for c in TRAINED], ids=[c[0] for c in TRAINED])
+def test_a_row_is_trained_on_as_it_is(template, messages, trained, tokenizer, tmp_path):
+    (example,) = load(messages, tokenizer, template, tmp_path).examples
+    found = tokenizer.decode(example.input_ids[example.loss_mask].tolist())
+    assert found == "".join(text + "<|im_end|>\n" for text in trained)
 
 
-def test_markers_are_several_tokens(tokenizer):
-    start, newline = tokenizer.convert_tokens_to_ids(["<|im_start|>", "Ċ"])
-    markers = chat.turn_markers(tokenizer)
-    assert markers.response[0] == markers.instruction[0] == start
-    assert markers.response[-1] == newline
-    assert markers.response.size >= 3
-    assert markers.instruction.size >= 2
+@pytest.mark.parametrize(("template", "messages", "message"), [c[1:] for c in REFUSED], ids=[c[0] for c in REFUSED])
+def test_a_row_that_would_be_changed_is_refused_by_its_line(template, messages, message, tokenizer, tmp_path):
+    with pytest.raises(InputError) as error:
+        load(messages, tokenizer, template, tmp_path)
+    assert "line 1: " in str(error.value)
+    assert message in str(error.value)
+
+
+def test_finished_text_with_a_marker_inside_a_turn_is_refused():
+    whole = PROMPT + "7<|im_end|>\n"
+    assert texts(chat.split_text(whole)) == (whole, ["7<|im_end|>\n"])
+    for inside in ("<|im_start|>user", "<|im_start|>assistant\n"):
+        with pytest.raises(chat.UnfaithfulError, match="stands inside a turn, at character"):
+            chat.split_text(PROMPT + f"I quote {inside} here<|im_end|>\n")
 
 
 def test_a_tokenizer_without_chatml_is_refused():
     plain = Tokenizer(models.WordLevel({"[UNK]": 0, "<": 1, "|": 2}, unk_token="[UNK]"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(ValueError, match=r"has no token <\|im_start\|>: s1's text needs a ChatML tokenizer"):
-        chat.turn_markers(PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="[UNK]"))
+        chat.check_chatml(PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="[UNK]"))
