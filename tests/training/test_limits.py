@@ -42,10 +42,11 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(command: 
     directory = model_directory(tmp_path / "model", QWEN3)
     weights = load_file(directory / "model.safetensors")
     digit = AutoTokenizer.from_pretrained(directory)("7").input_ids[0]
-    # Whatever example holds a 7 overflows: some steps are finite, some are not.
-    weights["model.embed_tokens.weight"][digit] = np.inf
+    # More than bfloat16 holds: whatever example has a 7 overflows, so that some steps are finite and some are not.
+    weights["model.embed_tokens.weight"][digit] = np.finfo(np.float32).max
     save_file(weights, directory / "model.safetensors")
     words = [f"model.path={directory}", "data.shuffle=false", "training.batch_size=1", "checkpoint.every_steps=1"]
+    words += ["model.dtype=bfloat16"]
     output = tmp_path / "run"
     assert run(command(output, *words, "training.max_bad_steps=24"))[0] == 0
     skipped = [row["skipped"] for row in metrics(output)]
