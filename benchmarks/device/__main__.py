@@ -14,6 +14,8 @@ import time
 from importlib import import_module
 from pathlib import Path
 
+from s1jax.device_memory import use_most_of_gpu
+
 SECTIONS = ("peer", "correctness", "training", "decoding")
 """Modules of this package; transformers comes first, as long as nobody else holds the memory."""
 
@@ -28,6 +30,7 @@ def main() -> int:
     ends = time.monotonic() + 60 * words.minutes
     # Before jax is imported. Memory is taken as it is needed, so that its peak says something.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    use_most_of_gpu()
     from benchmarks.device.report import Report
     from benchmarks.device.sizes import REAL, TOY
 
