@@ -21,6 +21,16 @@ def cudnn_takes_packed_rows() -> bool:
     return check_compute_capability("9.0")
 
 
+def lengths_and_offsets(
+    segment_lengths: Int[Array, "batch segments"],
+) -> tuple[Int[Array, "batch segments"], Int[Array, "batch segments_and_one"]]:
+    """The tokens of each row's examples and where they begin, as cuDNN wants them: -1 where there is none."""
+    there = segment_lengths > 0
+    starts = jnp.cumsum(segment_lengths, axis=1, dtype=jnp.int32) - segment_lengths
+    offsets = jnp.pad(jnp.where(there, starts, -1), ((0, 0), (0, 1)), constant_values=-1)
+    return jnp.where(there, segment_lengths, -1), offsets
+
+
 def cudnn_attention(
     query: Heads,
     key: KeyValueHeads,
@@ -43,10 +53,7 @@ def cudnn_attention(
     if segment_lengths.shape[1] == 1:
         lengths, starts = segment_lengths[:, 0], None
     else:
-        there = segment_lengths > 0
-        ends = jnp.cumsum(segment_lengths, axis=1, dtype=jnp.int32)
-        lengths = jnp.where(there, segment_lengths, -1)
-        starts = jnp.pad(jnp.where(there, ends - segment_lengths, -1), ((0, 0), (0, 1)), constant_values=-1)
+        lengths, starts = lengths_and_offsets(segment_lengths)
         if jax.__version_info__ < (0, 11, 1):
             # It multiplied the keys' offsets by the number of the queries' heads.
             groups = query.shape[2] // key.shape[2]

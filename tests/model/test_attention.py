@@ -7,8 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s1jax.data.examples import Example
+from s1jax.data.packing import StepPlan, build_batch
 from s1jax.model import attention as module
 from s1jax.model import block_attention
+from s1jax.model.accelerator_attention import lengths_and_offsets
 from s1jax.model.attention import attention, cached_attention
 from tests.reference.attention import reference_attention
 
@@ -128,3 +131,38 @@ def test_what_an_implementation_cannot_do_is_refused() -> None:
     ids = jnp.ones((1, 4), jnp.int32)
     with pytest.raises(ValueError, match="cudnn needs the lengths of the examples"):
         attention(query, key, value, segment_ids=ids, implementation="cudnn")
+
+
+@given(
+    rows=st.lists(
+        st.lists(st.integers(1, 40), max_size=16)
+        | st.just([640])
+        | st.just([])
+        | st.lists(st.just(40), min_size=16, max_size=16),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_cudnn_is_told_the_examples_that_the_segment_ids_tell(rows: list[list[int]]) -> None:
+    """Rows without an example, with one token, full, of sixteen; what cuDNN is told lays out the same ids again."""
+    examples = [Example(np.zeros(length, np.int32), np.ones(length, bool)) for row in rows for length in row]
+    numbers = iter(range(len(examples)))
+    batch = build_batch(
+        examples,
+        StepPlan(tuple(tuple(next(numbers) for _ in row) for row in rows), 640),
+        num_microbatches=1,
+        row_shard=(0, 1),
+        most_segments=16,
+        loss_average="sample",
+        pad_id=0,
+    )
+    lengths, offsets = map(np.asarray, lengths_and_offsets(jnp.asarray(batch.segment_lengths[0])))
+    assert lengths.shape == (len(rows), 16)
+    assert offsets.shape == (len(rows), 17)
+    told = np.zeros((len(rows), 640), np.int32)
+    for row in range(len(rows)):
+        for number, (start, length) in enumerate(zip(offsets[row], lengths[row], strict=False), start=1):
+            assert (start < 0) == (length < 0)
+            if length > 0:
+                told[row, start : start + length] = number
+    np.testing.assert_array_equal(told, batch.segment_ids[0])
