@@ -140,7 +140,9 @@ class BucketPath:
     def files_below(self) -> list["BucketPath"]:
         """Every object below this name, sorted."""
         with self._errors():
-            return sorted(BucketPath(self.scheme, name) for name in self._system.find(str(self._key)))
+            names = self._system.find(str(self._key))
+        # Where something comes to be below it while s3fs looks, that says there is a directory, and calls it a file.
+        return sorted(BucketPath(self.scheme, name) for name in names if name != str(self._key))
 
     def read_bytes(self) -> bytes:
         """The whole object."""

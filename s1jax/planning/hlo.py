@@ -112,7 +112,7 @@ class Program:
             for instruction in self._computations[name].values():
                 if instruction.opcode == "while":
                     times_inside = times * self._trips(instruction)
-                elif instruction.opcode in ("call", "conditional"):
+                elif instruction.opcode in ("call", "call-start", "conditional"):
                     times_inside = times
                 else:
                     continue

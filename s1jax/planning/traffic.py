@@ -11,7 +11,18 @@ from typing import NamedTuple
 from s1jax.planning.hlo import COLLECTIVES, Computation, Instruction, Program
 
 _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "opt-barrier", "iota"}
-_FREE |= {"while", "conditional", "call", "partition-id", "replica-id", "add-dependency", "async-update", "async-done"}
+_FREE |= {
+    "while",
+    "conditional",
+    "call",
+    "call-start",
+    "call-done",
+    "partition-id",
+    "replica-id",
+    "add-dependency",
+    "async-update",
+    "async-done",
+}
 """Operations that move nothing, or whose inside is counted in its own place."""
 _SLICES = ("dynamic-slice", "slice", "gather")
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
@@ -31,7 +42,13 @@ _WHOLE = {
 """Operations that read all of their operands and write all of their result."""
 _STARTS = {"copy-start", "slice-start", "dynamic-slice-start"} | {f"{kind}-start" for kind in COLLECTIVES}
 _FREE_CALLS = {"ConcatBitcast", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked", "AllocateBuffer"}
-_FREE_CALLS |= {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
+_FREE_CALLS |= {
+    "PrepareAsyncCallStart",
+    "PrepareAsyncCallDone",
+    "Sharding",
+    "SPMDFullToShardShape",
+    "SPMDShardToFullShape",
+}
 """Targets of custom calls that move nothing: notes to the compiler, and pieces that already lie side by side."""
 _KERNEL_CALLS = ("tpu_custom_call", "cudnn", "cublas", "triton", "TopK", "cub$")
 """Parts of the targets of custom calls that read their operands and write their results."""

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,7 +13,6 @@ from tests.tiny import QWEN2
 
 NEAR = "{0:T(1024)S(1)}"
 SHAPES = {"h100": "1x4", "h200": "1x4", "a100-80g": "1x4", "b200": "1x4", "gb200": "1x4", "v5p": "2x2x1"}
-NEWEST = {"b200", "gb200", "tpu7x"}
 SHAPES |= {"v5e": "2x2", "v6e": "2x2", "tpu7x": "2x2x1"}
 
 
@@ -86,34 +84,29 @@ ENTRY %main (a: f32[1024]) -> f32[1024] {
     assert launches(Program(text)) == 1
 
 
-def planned(name: str, rows: int, directory: Path) -> dict[str, Any]:
-    """A plan of decoding by two layers as wide as a 7B's."""
-    sizes = {"hidden_size": 4096, "intermediate_size": 12_288, "num_attention_heads": 32, "num_key_value_heads": 8}
-    others = {"head_dim": 128, "vocab_size": 8192, "num_hidden_layers": 2, "max_position_embeddings": 32_768}
-    (directory / "config.json").write_text(json.dumps({**QWEN2, **sizes, **others}))
-    target = f"{'tpu:' if HARDWARE[name].platform == 'tpu' else ''}{name}:{SHAPES[name]}"
-    words = (f"model.path={directory}", "prompt=x", "model.dtype=bfloat16", f"batch_size={rows}")
-    mesh = ("mesh.fsdp=1", "mesh.tensor=-1", "max_total_tokens=8192")
-    return plan(directory / "plan.json", "decode.py", "generate", *words, *mesh, "--plan", target)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [4, 32])
-@pytest.mark.parametrize("name", sorted(set(HARDWARE) - NEWEST))
-def test_a_decode_step_reads_weights_and_cache_once(name: str, rows: int, tmp_path: Path) -> None:
-    content = planned(name, rows, tmp_path)
+@pytest.mark.parametrize("name", HARDWARE)
+def test_a_decode_step_reads_weights_and_cache_once_on_all_hardware(
+    name: str, rows: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Two layers as wide as a 7B's."""
+    if rows == 32 and (HARDWARE[name].platform == "cuda" or name == "v5p"):
+        request.node.add_marker(pytest.mark.xfail(strict=True, reason="1.17 to 1.19: scores in float32 go to memory"))
+    sizes = {"hidden_size": 4096, "intermediate_size": 12_288, "num_attention_heads": 32, "num_key_value_heads": 8}
+    others = {"head_dim": 128, "vocab_size": 8192, "num_hidden_layers": 2, "max_position_embeddings": 32_768}
+    (tmp_path / "config.json").write_text(json.dumps({**QWEN2, **sizes, **others}))
+    prefix = "tpu:" if HARDWARE[name].platform == "tpu" else ""
+    words = (
+        "decode.py",
+        "generate",
+        f"model.path={tmp_path}",
+        "prompt=x",
+        "model.dtype=bfloat16",
+        f"batch_size={rows}",
+    )
+    mesh = ("mesh.fsdp=1", "mesh.tensor=-1", "max_total_tokens=8192")
+    content = plan(tmp_path / "plan.json", *words, *mesh, "--plan", f"{prefix}{name}:{SHAPES[name]}")
     assert content["bytes_per_step"] <= 1.15 * content["least_bytes_per_step"], json.dumps(content, indent=1)
     assert content["unknown_operations"] == {}
     assert "NOT COUNTED" not in content["text"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(NEWEST))
-def test_the_newest_hardware_is_planned_as_far_as_its_programs_are_understood(name: str, tmp_path: Path) -> None:
-    """Blackwell's programs read up to a fifth more than they need; TPU v7x's have operations that are only named.
-
-    What is not counted is missing from its bytes: they are 5% less than weights and cache.
-    """
-    content = planned(name, 32, tmp_path)
-    assert 0.9 <= content["bytes_per_step"] / content["least_bytes_per_step"] <= 1.2
-    assert ("NOT COUNTED" in content["text"]) == (content["unknown_operations"] != {}) == (name == "tpu7x")
