@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from s1jax.model.config import QwenConfig
 from s1jax.model.hf_names import Index, TensorLayout, tensor_layouts
@@ -119,20 +119,28 @@ def load_params(directory: AnyPath, model: Qwen, mesh: Mesh, *, stacked: bool = 
 
 
 def _check_finite(directory: AnyPath, model: Qwen, layouts: list[TensorLayout], params: Params, mesh: Mesh) -> None:
-    """Raise CheckpointError that names the first tensor with a NaN or an infinite weight.
+    """Raise CheckpointError that names the first tensor with a NaN or an infinite weight on this process's devices.
 
-    They are looked for on the devices, so that every process comes to the same answer.
+    Each device answers for its own part, since no process may wait for another while it reads.
     """
 
-    @partial(jax.jit, static_argnums=1, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    def finite(array: jax.Array, per_layer: bool) -> jax.Array:
-        return jnp.isfinite(array).all(axis=tuple(range(per_layer, array.ndim)))
+    @partial(jax.jit, static_argnums=(1, 2))
+    def finite(array: jax.Array, spec: PartitionSpec, per_layer: bool) -> jax.Array:
+        def of_part(part: jax.Array) -> jax.Array:
+            return jnp.isfinite(part).all(axis=tuple(range(per_layer, part.ndim)))[None]
 
-    found = [finite(get_at(params, layout.path), layout.per_layer) for layout in layouts]
+        every_device = PartitionSpec(mesh.axis_names)
+        return jax.shard_map(of_part, mesh=mesh, in_specs=spec, out_specs=every_device, check_vma=False)(array)
+
+    arrays = [get_at(params, layout.path) for layout in layouts]
+    answers = [
+        finite(array, array.sharding.spec, layout.per_layer) for array, layout in zip(arrays, layouts, strict=True)
+    ]
     bad = {
         layout.name.format(layer)
-        for layout, answer in zip(layouts, found, strict=True)
-        for layer in np.flatnonzero(~np.asarray(answer).reshape(-1))
+        for layout, answer in zip(layouts, answers, strict=True)
+        for shard in answer.addressable_shards
+        for layer in np.flatnonzero(~np.asarray(shard.data).reshape(-1))
     }
     if bad:
         first = next(name for layout, i in stored_tensors(model) if (name := layout.name.format(i)) in bad)

@@ -19,7 +19,6 @@ from s1jax.config import Implementation
 from s1jax.model.attention import KERNELS, attention, choose
 from s1jax.model.qwen import Qwen
 from s1jax.paths import write_whole
-from s1jax.processes import agree_any
 
 TOLERANCES = {"bfloat16": 2e-2, "float16": 5e-3, "float32": 1e-4}
 """How far a kernel may be from plain attention in float32, by the dtype that it is given; about five times what
@@ -90,21 +89,21 @@ def _distance(ours: jax.Array, right: jax.Array) -> float:
 def checked(model: Qwen, *, gradients: bool) -> Qwen:
     """The model, without the attention kernel that it would use here if that does not compute what it should.
 
-    What was found is kept for this user, by kernel, device and versions. All processes come to the same conclusion.
+    What was found is kept for this user, by kernel, device and versions. Processes do not wait for one another here.
     """
     name = model.attention
     if name == "auto":
         name = choose(_ROW_LENGTH, model.dtype, packed=gradients, lengths_known=True)
     worst = _error(model, name, gradients) if name in KERNELS else 0.0
     tolerance = TOLERANCES[jnp.dtype(model.dtype).name]
-    wrong = not worst <= tolerance
-    if wrong:
-        print(
-            f"attention: {name} is not used: on {jax.local_devices()[0].device_kind} it is {worst:.2g} away from plain "
-            f"attention, where {tolerance:.2g} is expected at most; chunked attention is used instead",
-            file=sys.stderr,
-        )
-    return replace(model, attention="chunked") if agree_any(wrong) else model
+    if worst <= tolerance:
+        return model
+    print(
+        f"attention: {name} is not used: on {jax.local_devices()[0].device_kind} it is {worst:.2g} away from plain "
+        f"attention, where {tolerance:.2g} is expected at most; chunked attention is used instead",
+        file=sys.stderr,
+    )
+    return replace(model, attention="chunked")
 
 
 def _error(model: Qwen, name: Implementation, gradients: bool) -> float:
@@ -116,14 +115,14 @@ def _error(model: Qwen, name: Implementation, gradients: bool) -> float:
     key = repr((name, tuple(sizes), dtype, gradients, KERNELS[name].__qualname__, device.device_kind, *versions))
     path = user_cache().parent / "kernels.json"
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         known = {}
-    if not isinstance(known.get(key) if isinstance(known, dict) else None, float):
+    if not isinstance(known.get(key), float):
         # One key/value head with its queries: kernels treat all of them alike.
         one = HeadSizes(sizes.heads // sizes.kv_heads * 2, 2, sizes.head_dim)
         error = max(attention_errors(name, one, dtype, packed=gradients, gradients=gradients).values())
-        known = {**(known if isinstance(known, dict) else {}), key: error}
+        known[key] = error
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(known, indent=2) + "\n")

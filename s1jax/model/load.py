@@ -13,7 +13,7 @@ from s1jax.config import MeshSection, ModelSection, Remat
 from s1jax.mesh import make_mesh
 from s1jax.model import cpu_kernel
 from s1jax.model.config import QwenConfig
-from s1jax.model.hf import check_sizes, load_params, resolve_model, stored_dtypes
+from s1jax.model.hf import load_params, resolve_model, stored_dtypes
 from s1jax.model.kernel_check import checked
 from s1jax.model.qwen import Params, Qwen
 from s1jax.paths import AnyPath
@@ -74,7 +74,6 @@ def load_model(section: ModelSection, mesh: MeshSection) -> LoadedModel:
     devices = model_mesh(mesh)
     param_dtype = inference_param_dtype(section, directory, devices)
     config = QwenConfig.from_directory(directory)
-    check_sizes(directory, config)
     model = checked(build_model(section, config, param_dtype=param_dtype), gradients=False)
     with ThreadPoolExecutor(1) as reader:
         # Meanwhile, for those who will ask for it; they are told what is wrong with it, too.

@@ -144,6 +144,7 @@ class _Run:
         Raises ProcessError or RunError.
         """
         facts = {**settings(self.config), "data fingerprint": self._fingerprint, **_versions()}
+        facts["attention that is used"] = self.model.attention
         # Each has its own number, and not every host a copy of the repository.
         same_everywhere({key: str(facts[key]) for key in facts.keys() - {"mesh.process_id", "commit"}})
         together(lambda: check_config(self.directory, self.config, self._fingerprint))
@@ -203,7 +204,8 @@ class _Run:
         section = self.config.optimizer
         restored = checkpoints.restore(abstract_state(self.model, section, self.mesh))
         if restored is None:
-            return init_state(self.model, section, self.mesh, load_params(self.source, self.model, self.mesh))
+            params = together(lambda: load_params(self.source, self.model, self.mesh))
+            return init_state(self.model, section, self.mesh, params)
         self.loader.set_state(restored.loader)
         if jax.process_index() == 0:
             print(f"going on from the checkpoint of step {int(restored.state.step)}", flush=True)
