@@ -72,11 +72,9 @@ def _decode(report: Report, case: str, model: Qwen, params: Params, length: int,
         weights -= params["embedding"].nbytes
     filled = sum(leaf.nbytes for leaf in jax.tree.leaves(cache[0])) * length / slots
     if device.platform == "gpu":
-        report.verdict(
-            f"the host waits for no step ({case})",
-            passed="known_trip_count" in text,
-            found="the loop's length is known" if "known_trip_count" in text else "it is not",
-        )
+        known = "known_trip_count" in text
+        found = "the loop's length is known" if known else "it is not"
+        report.verdict(f"the host waits for no step ({case})", passed=known, found=found)
     hardware = next((h for h in HARDWARE.values() if device.device_kind.startswith(h.kind)), None)
     row: Row = {
         "ms a step": 1e3 * seconds,

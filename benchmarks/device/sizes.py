@@ -1,8 +1,8 @@
 """What is measured: real sizes for a device, toy ones for a CPU."""
 
 from dataclasses import dataclass
-from typing import Any
 
+from s1jax.model.architectures import known_architecture
 from s1jax.model.config import QwenConfig
 from s1jax.model.kernel_check import HeadSizes
 
@@ -26,31 +26,16 @@ class Sizes:
     """Rows of transformers' `generate` with the first model."""
 
 
-def _qwen(**sizes: Any) -> QwenConfig:
-    common = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False}
-    return QwenConfig.from_hf({**common, "max_position_embeddings": 32_768, **sizes})
+def _known(name: str) -> QwenConfig:
+    config = known_architecture(name)
+    assert config is not None
+    return config
 
 
-_7B = _qwen(
-    vocab_size=152_064,
-    hidden_size=3_584,
-    intermediate_size=18_944,
-    num_hidden_layers=28,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-)
-_32B = _qwen(
-    vocab_size=152_064,
-    hidden_size=5_120,
-    intermediate_size=27_648,
-    num_hidden_layers=64,
-    num_attention_heads=40,
-    num_key_value_heads=8,
-)
 REAL = Sizes(
     heads={"32B on tensor 2": HeadSizes(20, 4, 128), "7B": HeadSizes(28, 4, 128)},
     row=8_192,
-    models={"7B": _7B, "32B": _32B},
+    models={"7B": _known("Qwen/Qwen2.5-7B-Instruct"), "32B": _known("Qwen/Qwen2.5-32B-Instruct")},
     training_memory=0.6,
     layers={"32B": 16},
     decoding=(
@@ -63,13 +48,19 @@ REAL = Sizes(
     ),
     peer=(1, 8, 32),
 )
-_TOY = _qwen(
-    vocab_size=512,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
+_TOY = QwenConfig.from_hf(
+    {
+        "model_type": "qwen2",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32_768,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+    }
 )
 TOY = Sizes(
     heads={"toy": HeadSizes(4, 2, 16)},

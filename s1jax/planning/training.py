@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
-from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 
 from s1jax.config import Remat, TrainConfig
@@ -25,7 +24,7 @@ from s1jax.model.config import QwenConfig
 from s1jax.model.flops import attention_flops, matmul_parameters
 from s1jax.model.qwen import Qwen
 from s1jax.paths import BucketPath, any_path
-from s1jax.planning.estimate import Estimate, Memory, estimate, temporaries, usable_bytes
+from s1jax.planning.estimate import Estimate, Memory, compile_within_memory, estimate, temporaries, usable_bytes
 from s1jax.planning.hardware import PlanError, Target
 from s1jax.planning.hlo import Collective, Program
 from s1jax.planning.lengths import example_lengths
@@ -207,14 +206,8 @@ class _Planner:
         batch = self._batch(shape)
         model = for_rows(self._model, self._config.model, length)
         step: Any = compile_step(model, self._config.optimizer, self.total_steps, self._mesh)
-        try:
-            with jax.set_mesh(self._mesh):
-                compiled = step.lower(self._state, batch).compile()
-        except JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            reason = next((line for line in str(error).splitlines() if "Used" in line), str(error).splitlines()[0])
-            raise PlanError(f"{rows} rows x {length} do not fit {self._target}: {reason.strip()}") from None
+        with jax.set_mesh(self._mesh):
+            compiled = compile_within_memory(step.lower(self._state, batch), f"{rows} rows x {length}", self._target)
         seconds = time.perf_counter() - started
         self.parameters = self._parameters(compiled)
         program, config = Program(compiled.as_text()), self._model.config
