@@ -36,7 +36,7 @@ def matmul_parameters(config: QwenConfig) -> int:
     return config.num_hidden_layers * (attention + mlp) + config.vocab_size * config.hidden_size
 
 
-def attention_flops(config: QwenConfig, squared_lengths: float) -> float:
+def attention_flops(config: QwenConfig, squared_lengths: int | float) -> float:
     """Operations of attention in a training step over examples with this sum of squared lengths."""
     return 6.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * squared_lengths
 

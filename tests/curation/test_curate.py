@@ -33,7 +33,7 @@ def test_help_names_stages_and_keys() -> None:
         (["sources.m.pth=a"], "sources.m.pth: unknown key; did you mean sources.m.path?"),
         (["sources.m.path=a", "students.x.endpoint.modl=a"], "did you mean students.x.endpoint.model?"),
         (["sources.m.path=a", "students.judge.path=a"], "is not teacher, judge or domains"),
-        (["sources.m.path=3"], "sources.m.path: Input should be a valid string, got 3; expected str"),
+        (["sources.m.path=a", "sources.m.limit=a"], "sources.m.limit: Input should be a valid integer, "),
     ],
 )
 def test_mistakes_in_keys_are_named(tmp_path: Path, words: list[str], message: str) -> None:
