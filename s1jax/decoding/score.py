@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from transformers import PreTrainedTokenizerBase
 
 from s1jax.config import ScoreConfig
+from s1jax.decoding.finite import NonFiniteError
 from s1jax.decoding.hosts import Row, SharedOutput, same_command, start_hosts, to_host
 from s1jax.jsonl import InputError, Problem, read_jsonl
 from s1jax.mesh import MESH_AXES, constrain
@@ -69,10 +70,13 @@ def score(config: ScoreConfig) -> None:
                 if loaded is None or done.issuperset(chosen):
                     continue
                 # All of a window, so that what is computed does not depend on where an earlier run was stopped.
-                results = zip(
-                    chosen, score_rows(loaded, [rows[i].input_ids for i in chosen], config.batch_size), strict=True
-                )
-                lines = [{"id": rows[number].id, **result} for number, result in results if number not in done]
+                names = [f"{config.input}: id {rows[i].id!r}" for i in chosen]
+                results = score_rows(loaded, [rows[i].input_ids for i in chosen], config.batch_size, names)
+                lines = [
+                    {"id": rows[number].id, **result}
+                    for number, result in zip(chosen, results, strict=True)
+                    if number not in done
+                ]
                 output.append(lines)
                 bar.update(len(lines))
         with output.merged(lambda written: len(rows) - len(set(map(key, written))), key, order=key):
@@ -86,11 +90,15 @@ def _rows(config: ScoreConfig) -> list[_Row]:
     return _read_rows(any_path(config.input), load_tokenizer(directory), architecture.vocab_size, limit)
 
 
-def score_rows(loaded: LoadedModel, rows: Sequence[list[int]], batch_size: int) -> list[dict[str, Any]]:
+def score_rows(
+    loaded: LoadedModel, rows: Sequence[list[int]], batch_size: int, names: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
     """Score token ids; each result has `input_ids`, `logprobs`, `greedy` (both None for the first) and `nll`.
 
-    Rows of similar length are computed together, `batch_size` at a time; results are in the order of `rows`.
+    Rows of similar length are computed together, `batch_size` at a time; results are in the order of `rows`. Raises
+    NonFiniteError with the row's name (default: its number) where the model's scores are NaN or infinite.
     """
+    names = names or [f"row {i}" for i in range(len(rows))]
     shards = loaded.mesh.shape[MESH_AXES[0]] * loaded.mesh.shape[MESH_AXES[1]]
     batch_size += -batch_size % shards
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -104,6 +112,8 @@ def score_rows(loaded: LoadedModel, rows: Sequence[list[int]], batch_size: int) 
             logprobs, greedy = to_host(_score_batch(loaded.model, loaded.params, input_ids))
         for line, i in enumerate(chosen):
             scored = slice(0, len(rows[i]) - 1)
+            if not np.isfinite(logprobs[line, scored]).all():
+                raise NonFiniteError(names[i], loaded, rows[i])
             results[i] = {
                 "input_ids": list(rows[i]),
                 "logprobs": [None, *map(float, logprobs[line, scored])],
