@@ -17,17 +17,21 @@ from s1jax.decoding.hosts import Row, SharedOutput, same_command, start_hosts, t
 from s1jax.jsonl import InputError, Problem, read_jsonl
 from s1jax.mesh import MESH_AXES, constrain
 from s1jax.model.config import QwenConfig
+from s1jax.model.fingerprint import fingerprint
 from s1jax.model.hf import resolve_model
 from s1jax.model.load import LoadedModel, load_model
 from s1jax.model.qwen import Params, Qwen
 from s1jax.model.token_logprobs import token_logprobs
 from s1jax.paths import AnyPath, any_path
 from s1jax.processes import together
+from s1jax.resume import keep_settings, settings_of
 from s1jax.tokenizer import load_tokenizer
 
 _BATCHES_PER_WINDOW = 16
 """Rows are sorted by length within a window of this many batches; a window is written when it is whole."""
 _SHORTEST_BUCKET = 64
+_FREE_TO_CHANGE = ("input", "output", "batch_size", "mesh")
+"""Keys that a stopped run may go on with other values of: the results do not depend on them."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,19 @@ def score(config: ScoreConfig) -> None:
     with SharedOutput(any_path(config.output), hosts) as output:
 
         def resume() -> list[int]:
-            ids = [repr(row.get("id")) for row in output.rows()]
-            if not place.keys() >= set(ids):
-                raise InputError(
-                    f"{output.path}: its ids are not those of {config.input}: another run wrote it; move it away"
-                )
-            return [place[row_id] for row_id in ids]
+            beside = output.path.with_name(output.path.name + ".config.json")
+            settings = settings_of(config, _FREE_TO_CHANGE, fingerprint(resolve_model(config.model.path)))
+            keep_settings(settings, output.path, beside, save=hosts.processes.index == 0)
+            numbers = []
+            for row in output.rows():
+                number = place.get(repr(row.get("id")))
+                if number is None or rows[number].input_ids != row.get("input_ids"):
+                    raise InputError(
+                        f"{output.path}: it has id {row.get('id')!r}, which is not that row of {config.input}: "
+                        "move it away"
+                    )
+                numbers.append(number)
+            return numbers
 
         done = set(hosts.told(resume))
         mine = [number for number in range(len(rows)) if hosts.deals(number)]
