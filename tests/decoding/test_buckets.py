@@ -65,7 +65,9 @@ def kill(process: "subprocess.Popen[str]") -> None:
     process.communicate()
 
 
+# Long tests take one store each; that every operation is the same in both is tested for itself in tests/test_paths.py.
 @pytest.mark.slow
+@pytest.mark.parametrize("bucket", ["gs"], indirect=True)
 def test_scoring_killed_and_started_again_is_as_on_a_disk(bucket: BucketPath, directory: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows = [{"id": f"row {i}", "input_ids": rng.integers(0, 368, rng.integers(100, 120)).tolist()} for i in range(3000)]
@@ -83,11 +85,12 @@ def test_scoring_killed_and_started_again_is_as_on_a_disk(bucket: BucketPath, di
     succeed("score", *words)
     assert output.read_bytes() == (tmp_path / "out.jsonl").read_bytes()
     assert [str(path.relative_to(bucket)) for path in files_below(bucket)] == [  # type: ignore[arg-type]
-        *[".out.jsonl.lock/2", "in.jsonl", "out.jsonl"]
+        *[".out.jsonl.lock/2", "in.jsonl", "out.jsonl", "out.jsonl.config.json"]
     ]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bucket", ["s3"], indirect=True)
 def test_generating_with_everything_in_a_bucket(bucket: BucketPath, directory: Path, tmp_path: Path) -> None:
     """Configuration, what it extends, profile, prompts and output; killed, and started again."""
     write_rows(bucket / "prompts.jsonl", [{"id": i, "prompt": text} for i, text in enumerate(QUESTIONS)])
@@ -121,6 +124,7 @@ def test_generating_with_everything_in_a_bucket(bucket: BucketPath, directory: P
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bucket", ["gs"], indirect=True)
 def test_evaluating_killed_and_started_again_is_as_on_a_disk(
     bucket: BucketPath, directory: Path, tmp_path: Path
 ) -> None:
@@ -147,7 +151,9 @@ def test_evaluating_killed_and_started_again_is_as_on_a_disk(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "faults", [(None, None, 503), ("lost", None, None), ("unheard", None)], ids=["503", "lost", "unheard"]
+    ("faults", "bucket"),
+    [((None, None, 503), "gs"), (("lost", None, None), "s3"), (("unheard", None), "gs"), (("unheard", None), "s3")],
+    indirect=["bucket"],
 )
 def test_faults_that_pass_are_not_noticed(
     bucket: BucketPath, directory: Path, tmp_path: Path, faults: tuple[Fault, ...]
@@ -171,7 +177,7 @@ def test_faults_that_pass_are_not_noticed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["score", "generate"])
+@pytest.mark.parametrize(("mode", "bucket"), [("score", "gs"), ("generate", "s3")], indirect=["bucket"])
 @pytest.mark.parametrize("what", ["reading", "writing", "no bucket"])
 def test_what_cannot_be_is_said_in_one_line(bucket: BucketPath, directory: Path, mode: str, what: str) -> None:
     text, key, more = {
