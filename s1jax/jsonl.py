@@ -6,6 +6,7 @@ import json
 import os
 import re
 import threading
+from codecs import BOM_UTF8
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from s1jax.locks import InUseError, Lock
 from s1jax.paths import AnyPath, BucketPath, WriteError, file_size, files_below, read_range, remove_tree, replacing
+from s1jax.strict_json import parse_json
 
 LISTED_PROBLEMS = 20
 FLUSH_SECONDS = 5.0
@@ -91,11 +93,10 @@ def _parse(path: str, content: bytes) -> Source:
         if not line.strip():
             continue
         try:
-            values.append((number, json.loads(line.decode("utf-8-sig"))))
-        except UnicodeDecodeError as error:
-            problems.append(Problem(number, f"not UTF-8: {error.reason} at byte {error.start + 1}"))
-        except json.JSONDecodeError as error:
-            problems.append(Problem(number, f"not JSON: {error.msg} at character {error.pos + 1}"))
+            # Many a data set has NaN in columns that nobody reads.
+            values.append((number, parse_json(line.removeprefix(BOM_UTF8), allow_nan=True)))
+        except ValueError as error:
+            problems.append(Problem(number, str(error)))
     source = keep_objects(path, "line", values)
     source.problems.extend(problems)
     return source
@@ -136,7 +137,7 @@ def stream_rows(path: AnyPath) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 break
             try:
-                row = json.loads(line)
+                row = parse_json(line, allow_nan=True)
             except ValueError:
                 row = None
             if not isinstance(row, dict):

@@ -22,7 +22,7 @@ from s1jax.model.qwen import Params, Qwen
 from s1jax.model.token_logprobs import token_logprobs
 from s1jax.paths import AnyPath, any_path
 from s1jax.processes import together
-from s1jax.tokenizer import load_tokenizer
+from s1jax.tokenizer import encode, load_tokenizer
 
 _BATCHES_PER_WINDOW = 16
 """Rows are sorted by length within a window of this many batches; a window is written when it is whole."""
@@ -147,7 +147,11 @@ def _read_rows(path: AnyPath, tokenizer: PreTrainedTokenizerBase, vocab_size: in
         first = lines_by_id.setdefault(repr(row_id), line)
         input_ids = row.get("input_ids")
         if isinstance(row.get("text"), str) and input_ids is None:
-            input_ids = tokenizer(row["text"]).input_ids
+            try:
+                input_ids = encode(row["text"], tokenizer, add_special_tokens=True)
+            except ValueError as error:
+                problems.append(Problem(line, f"text: {error}"))
+                continue
         if not isinstance(input_ids, list) or any(type(i) is not int for i in input_ids):
             problems.append(Problem(line, "expected text (a string) or input_ids (a list of integers)"))
         elif not input_ids:

@@ -22,6 +22,7 @@ from s1jax.evaluation.report import write_report
 from s1jax.evaluation.runs import Run, plan_runs
 from s1jax.evaluation.summary import Line, accepted, summarise
 from s1jax.evaluation.tasks import Question, load_tasks
+from s1jax.jsonl import InputError
 from s1jax.paths import any_path, write_whole
 from s1jax.processes import together
 from s1jax.resume import keep_settings
@@ -62,8 +63,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
 
     @cache
     def prompt(index: int, instruction: str) -> PreparedPrompt:
-        input_ids = encode_prompt(questions[index].text + instruction, setup.tokenizer, config.chat_template)
-        return prepare_prompt(input_ids, setup.profile)
+        question = questions[index]
+        try:
+            encoded = encode_prompt(question.text + instruction, setup.tokenizer, config.chat_template)
+        except ValueError as error:
+            raise InputError(f"{question.task} {question.id}: {error}") from None
+        return prepare_prompt(encoded.input_ids, setup.profile, encoded.after_user)
 
     def jobs(done: dict[_Key, Line], takes: Callable[[int], bool] = lambda number: True) -> list[_Job]:
         """What is to be generated next: all that is missing, of rejected samples one more try each.
