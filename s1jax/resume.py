@@ -1,6 +1,7 @@
 """What a run started again must have in common with the one that left its output."""
 
 import json
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from s1jax.config_reader import to_dict
@@ -8,18 +9,22 @@ from s1jax.jsonl import InputError, is_begun
 from s1jax.paths import AnyPath, write_whole
 
 
-def keep_settings(
-    config: Any, free_to_change: tuple[str, ...], output: AnyPath, beside: AnyPath, *, save: bool = True
-) -> None:
-    """Compare with the configuration that an earlier run of `output` left in the file `beside`; leave this one there.
-
-    Of several processes that compare, one is to `save`. Raises InputError that names the top-level keys that differ,
-    but for those in `free_to_change`; WriteError if the file cannot be written, which is then as it was.
-    """
+def settings_of(config: Any, free_to_change: Collection[str], model: Mapping[str, str]) -> dict[str, Any]:
+    """What results depend on: the configuration without the keys in `free_to_change`, and a model's fingerprint."""
     settings = {key: value for key, value in to_dict(config).items() if key not in free_to_change}
+    return {**settings, **{f"the model's {name}": found for name, found in model.items()}}
+
+
+def keep_settings(settings: Mapping[str, Any], output: AnyPath, beside: AnyPath, *, save: bool = True) -> None:
+    """Compare with what an earlier run of `output` depended on, as it left it in the file `beside`; leave this one's.
+
+    Of several processes that compare, one is to `save`. Raises InputError that names what differs, WriteError if the
+    file cannot be written, which is then as it was.
+    """
+    settings = json.loads(json.dumps(to_dict(settings)))
     if is_begun(output) and beside.exists():
         before = json.loads(beside.read_text(encoding="utf-8"))
-        changed = [key for key in settings if before.get(key) != settings[key]]
+        changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
         if changed:
             raise InputError(f"{output}: it was written with other values of {', '.join(changed)}: move it away")
     if save:

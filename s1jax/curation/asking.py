@@ -5,6 +5,8 @@ is derived from it, so that nothing can come apart when a run ends between two w
 """
 
 import asyncio
+import hashlib
+import json
 import random
 import sys
 from collections import Counter, defaultdict
@@ -17,7 +19,7 @@ from tqdm import tqdm
 from s1jax.curation.endpoint import Endpoint, EndpointError, FailureError, Messages
 from s1jax.curation.message import Reply, read_reply, read_usage
 from s1jax.curation.sections import EndpointSection
-from s1jax.jsonl import RowWriter, replace_rows, stream_rows
+from s1jax.jsonl import InputError, RowWriter, replace_rows, stream_rows
 from s1jax.paths import AnyPath
 from s1jax.resume import keep_settings
 
@@ -32,6 +34,11 @@ class Ask:
 
     id: str
     messages: Messages
+
+    @property
+    def digest(self) -> str:
+        """By which an answer is known to be to this question."""
+        return hashlib.sha256(json.dumps(self.messages).encode()).hexdigest()[:16]
 
     def most_prompt_tokens(self) -> int:
         """A bound: a token is at least one byte."""
@@ -63,8 +70,11 @@ def ask_all(
     """
     endpoint = Endpoint(section, f"{name}.endpoint")
     same = {"model": section.model, "extra_body": section.extra_body, **settings}
-    keep_settings(same, (), journal, journal.with_name(journal.name + ".config.json"))
+    keep_settings(same, journal, journal.with_name(journal.name + ".config.json"))
     with _Journal(journal) as kept:
+        for ask in asks:
+            if kept.asked.get(ask.id, ask.digest) != ask.digest:
+                raise InputError(f"{journal}: the answer to id {ask.id!r} is to another question: move it away")
         run = _Run(section, endpoint, kept, read)
         waiting = [ask for ask in asks if kept.status.get(ask.id) not in run.ended]
         ended = len(asks) - len(waiting)
@@ -96,6 +106,8 @@ class _Journal:
         self._path = path
         self.status: dict[str, str] = {}
         """Of each question that has ended: done or failed."""
+        self.asked: dict[str, str] = {}
+        """The digest of what each question was when it was last asked."""
         self._last: dict[str, int] = {}
         self._costs: dict[str, float] = defaultdict(float)
         self._lines = 0
@@ -127,6 +139,7 @@ class _Journal:
         if row["status"] != "retried":
             self.status[row["id"]] = row["status"]
             self._last[row["id"]] = self._lines
+        self.asked[row["id"]] = row["asked"]
         self._costs[row["id"]] += row["cost"]
         self.cost += row["cost"]
         self.tokens += row["tokens"]
@@ -236,7 +249,7 @@ class _Run:
         if usage is None and not (failure and failure.free):
             tokens, cost = self.most(ask)  # Nobody says what was billed.
         if status != "retried" or tokens:
-            ending = {"id": ask.id, "status": status, "reason": failure and failure.reason}
+            ending = {"id": ask.id, "asked": ask.digest, "status": status, "reason": failure and failure.reason}
             spent = {"prompt_tokens": prompt, "completion_tokens": answer, "tokens": tokens, "cost": cost}
             self._journal.add({**ending, **spent, "response": response})
 

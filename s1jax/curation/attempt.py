@@ -54,9 +54,12 @@ def _compute(
     from s1jax.decoding.profiles import prepare_prompt
     from s1jax.decoding.requests import encode_prompt, thinking_budget
     from s1jax.decoding.setup import build_generator, prepare
+    from s1jax.model.fingerprint import fingerprint
+    from s1jax.model.hf import resolve_model
 
     same = {key: getattr(section, key) for key in ("path", "dtype", "budget", "instruction")}
-    keep_settings(same, (), results, results.with_name(results.name + ".config.json"))
+    same |= {f"the model's {name}": found for name, found in fingerprint(resolve_model(path)).items()}
+    keep_settings(same, results, results.with_name(results.name + ".config.json"))
     config = GenerateConfig(
         model=ModelSection(path=path, dtype=section.dtype),
         budget=section.budget,

@@ -1,5 +1,6 @@
 """python decode.py generate: from a configuration to a file of results, or to the terminal."""
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,9 +17,11 @@ from s1jax.decoding.requests import Prompt, encode_prompt, read_prompts, thinkin
 from s1jax.decoding.setup import Setup, build_generator, check_requests, prepare
 from s1jax.decoding.terminal import TerminalWriter
 from s1jax.jsonl import InputError
+from s1jax.model.fingerprint import fingerprint
+from s1jax.model.hf import resolve_model
 from s1jax.paths import any_path
 from s1jax.processes import together
-from s1jax.resume import keep_settings
+from s1jax.resume import keep_settings, settings_of
 
 _FREE_TO_CHANGE = ("output", "batch_size", "mesh", "plan", "prompts")
 """Keys that a run may be resumed with other values of: the results do not depend on them."""
@@ -53,13 +56,16 @@ def generate(config: GenerateConfig) -> None:
         def resume() -> list[tuple[int, int]]:
             """What is done; refuses an output of a run with other settings or prompts."""
             beside = output.path.with_name(output.path.name + ".config.json")
-            keep_settings(config, _FREE_TO_CHANGE, output.path, beside, save=hosts.processes.index == 0)
+            settings = settings_of(config, _FREE_TO_CHANGE, fingerprint(resolve_model(config.model.path)))
+            keep_settings(settings, output.path, beside, save=hosts.processes.index == 0)
+            asked = {request.index: _asked(prompts[request.index], request) for request in requests}
             rows = output.rows()
             for row in rows:
                 index = index_of.get(repr(row.get("id")))
-                if index is None or prompts[index].given != row.get("prompt"):
+                if index is None or any(row.get(name) != value for name, value in asked[index].items()):
                     raise InputError(
-                        f"{output.path}: it has id {row.get('id')!r}, which is not that prompt's here: move it away"
+                        f"{output.path}: it has id {row.get('id')!r}, whose prompt or budget is not that one here: "
+                        "move it away"
                     )
             return [key(row) for row in rows]
 
@@ -121,9 +127,16 @@ def _prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase, profile
     return [Prompt(0, config.prompt, encoded, budget)]
 
 
+def _asked(prompt: Prompt, request: Request) -> dict[str, Any]:
+    """What a result is the answer to, as a line of the output file has it."""
+    asked = {"prompt": prompt.given, "prompt_ids": request.prompt.prompt_ids, "budget": asdict(prompt.budget)}
+    as_read: dict[str, Any] = json.loads(json.dumps(asked))
+    return as_read
+
+
 def _line(event: Finished, prompt: Prompt, num_samples: int) -> dict[str, Any]:
     """A result as a line of the output file."""
-    line = {"id": prompt.id, "prompt": prompt.given, **asdict(event.generation)}
+    line = {"id": prompt.id, **_asked(prompt, event.request), **asdict(event.generation)}
     if num_samples > 1:
         line["sample"] = event.request.sample
     if line["logprobs"] is None:

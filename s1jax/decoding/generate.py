@@ -19,6 +19,7 @@ from s1jax.decoding.budget import (
     resolve_max_thinking_tokens,
     start_rows,
 )
+from s1jax.decoding.finite import NonFiniteError
 from s1jax.decoding.hosts import to_host
 from s1jax.decoding.loop import Chunk, Rows, Shared, decode_chunk, empty_cache, grow, insert, prefill
 from s1jax.decoding.profiles import PreparedPrompt, ProfileIds
@@ -166,7 +167,8 @@ class Generator:
     def run(self, requests: Iterable[Request]) -> Iterator[Progress | Finished]:
         """Generate, yielding what each chunk wrote and each result as soon as it is there, in no fixed order.
 
-        Raises ValueError for requests that have a `problem_of`, OutOfMemoryError if the device is full.
+        Raises ValueError for requests that have a `problem_of`, OutOfMemoryError if the device is full, NonFiniteError
+        if the model's scores are no numbers to draw from.
         """
         requests = list(requests)
         waiting = deque(requests)
@@ -205,6 +207,8 @@ class Generator:
                     for row, slot in enumerate(slots):
                         if slot is None:
                             continue
+                        if not (finite := chunk.finite[:, row] | ~chunk.written[:, row]).all():
+                            raise self._nonfinite(slot, chunk.tokens[: np.argmin(finite), row])
                         yield slot.take(chunk, row)
                         if state.phase[row] == Phase.DONE:
                             yield Finished(slot.request, self._result(slot, rows, row))
@@ -217,6 +221,13 @@ class Generator:
                 f"out of device memory with {self._batch} rows x {self._slots} cache slots in {layers} layers: "
                 "lower batch_size, budget.max_thinking_tokens or max_total_tokens, or raise mesh.tensor"
             ) from error
+
+    def _nonfinite(self, slot: _Slot, new_ids: np.ndarray) -> NonFiniteError:
+        """What to raise of a row whose scores were not finite after these ids of a chunk."""
+        request = slot.request
+        input_ids = [*request.prompt.prompt_ids, *slot.output_ids, *new_ids.tolist()]
+        text = f"prompt {request.index}, sample {request.sample}, after {len(input_ids)} tokens"
+        return NonFiniteError(text, self._loaded, input_ids)
 
     def _start(self, requests: Sequence[Request], wait_starts: dict[tuple[str, ...], int]) -> Rows:
         """The rows of these requests before their first step, and finished ones up to the batch's size."""

@@ -45,6 +45,8 @@ class Chunk(NamedTuple):
     written: Bool[Array, "steps batch"]
     logprobs: Float[Array, "steps batch"]
     """Under the model itself, forced tokens too; zeros unless asked for."""
+    finite: Bool[Array, "steps batch"]
+    """Whether all scores of the step were finite: what is drawn from others means nothing."""
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -108,7 +110,7 @@ def decode_chunk(
     batch = rows.last_token.shape[0]
     keys = jax.random.wrap_key_data(rows.key_data, impl="threefry2x32")
     nothing = jnp.zeros((steps, batch), jnp.int32)
-    chunk = Chunk(nothing, nothing > 0, nothing > 0, nothing.astype(jnp.float32))
+    chunk = Chunk(nothing, nothing > 0, nothing > 0, nothing.astype(jnp.float32), nothing == 0)
 
     def more(carry: tuple[Array, KVCache, RowState, Array, Chunk]) -> Bool[Array, ""]:
         taken, _, state, _, _ = carry
@@ -124,7 +126,7 @@ def decode_chunk(
         drawn, drawn_masked = sample(logits, step_keys(keys, state.length), sampling, shared.valid, shared.end_tokens)
         state, token, forced, written = step(state, rows.params, shared.tables, drawn, drawn_masked)
         logprobs = token_logprobs(logits, token) if with_logprobs else jnp.zeros(batch)
-        now = Chunk(token, forced, written, logprobs)
+        now = Chunk(token, forced, written, logprobs, jnp.isfinite(logits).all(axis=-1))
         chunk = jax.tree.map(lambda all_steps, this: all_steps.at[taken].set(this), chunk, now)
         return taken + 1, new_cache, state, jnp.where(written, token, last_token), chunk
 

@@ -12,21 +12,26 @@ from jaxtyping import Array, Float, Int
 from transformers import PreTrainedTokenizerBase
 
 from s1jax.config import ScoreConfig
+from s1jax.decoding.finite import NonFiniteError
 from s1jax.decoding.hosts import Row, SharedOutput, same_command, start_hosts, to_host
 from s1jax.jsonl import InputError, Problem, read_jsonl
 from s1jax.mesh import MESH_AXES, constrain
 from s1jax.model.config import QwenConfig
+from s1jax.model.fingerprint import fingerprint
 from s1jax.model.hf import resolve_model
 from s1jax.model.load import LoadedModel, load_model
 from s1jax.model.qwen import Params, Qwen
 from s1jax.model.token_logprobs import token_logprobs
 from s1jax.paths import AnyPath, any_path
 from s1jax.processes import together
+from s1jax.resume import keep_settings, settings_of
 from s1jax.tokenizer import encode, load_tokenizer
 
 _BATCHES_PER_WINDOW = 16
 """Rows are sorted by length within a window of this many batches; a window is written when it is whole."""
 _SHORTEST_BUCKET = 64
+_FREE_TO_CHANGE = ("input", "output", "batch_size", "mesh")
+"""Keys that a stopped run may go on with other values of: the results do not depend on them."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,19 @@ def score(config: ScoreConfig) -> None:
     with SharedOutput(any_path(config.output), hosts) as output:
 
         def resume() -> list[int]:
-            ids = [repr(row.get("id")) for row in output.rows()]
-            if not place.keys() >= set(ids):
-                raise InputError(
-                    f"{output.path}: its ids are not those of {config.input}: another run wrote it; move it away"
-                )
-            return [place[row_id] for row_id in ids]
+            beside = output.path.with_name(output.path.name + ".config.json")
+            settings = settings_of(config, _FREE_TO_CHANGE, fingerprint(resolve_model(config.model.path)))
+            keep_settings(settings, output.path, beside, save=hosts.processes.index == 0)
+            numbers = []
+            for row in output.rows():
+                number = place.get(repr(row.get("id")))
+                if number is None or rows[number].input_ids != row.get("input_ids"):
+                    raise InputError(
+                        f"{output.path}: it has id {row.get('id')!r}, which is not that row of {config.input}: "
+                        "move it away"
+                    )
+                numbers.append(number)
+            return numbers
 
         done = set(hosts.told(resume))
         mine = [number for number in range(len(rows)) if hosts.deals(number)]
@@ -69,10 +81,13 @@ def score(config: ScoreConfig) -> None:
                 if loaded is None or done.issuperset(chosen):
                     continue
                 # All of a window, so that what is computed does not depend on where an earlier run was stopped.
-                results = zip(
-                    chosen, score_rows(loaded, [rows[i].input_ids for i in chosen], config.batch_size), strict=True
-                )
-                lines = [{"id": rows[number].id, **result} for number, result in results if number not in done]
+                names = [f"{config.input}: id {rows[i].id!r}" for i in chosen]
+                results = score_rows(loaded, [rows[i].input_ids for i in chosen], config.batch_size, names)
+                lines = [
+                    {"id": rows[number].id, **result}
+                    for number, result in zip(chosen, results, strict=True)
+                    if number not in done
+                ]
                 output.append(lines)
                 bar.update(len(lines))
         with output.merged(lambda written: len(rows) - len(set(map(key, written))), key, order=key):
@@ -86,11 +101,15 @@ def _rows(config: ScoreConfig) -> list[_Row]:
     return _read_rows(any_path(config.input), load_tokenizer(directory), architecture.vocab_size, limit)
 
 
-def score_rows(loaded: LoadedModel, rows: Sequence[list[int]], batch_size: int) -> list[dict[str, Any]]:
+def score_rows(
+    loaded: LoadedModel, rows: Sequence[list[int]], batch_size: int, names: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
     """Score token ids; each result has `input_ids`, `logprobs`, `greedy` (both None for the first) and `nll`.
 
-    Rows of similar length are computed together, `batch_size` at a time; results are in the order of `rows`.
+    Rows of similar length are computed together, `batch_size` at a time; results are in the order of `rows`. Raises
+    NonFiniteError with the row's name (default: its number) where the model's scores are NaN or infinite.
     """
+    names = names or [f"row {i}" for i in range(len(rows))]
     shards = loaded.mesh.shape[MESH_AXES[0]] * loaded.mesh.shape[MESH_AXES[1]]
     batch_size += -batch_size % shards
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -104,6 +123,8 @@ def score_rows(loaded: LoadedModel, rows: Sequence[list[int]], batch_size: int) 
             logprobs, greedy = to_host(_score_batch(loaded.model, loaded.params, input_ids))
         for line, i in enumerate(chosen):
             scored = slice(0, len(rows[i]) - 1)
+            if not np.isfinite(logprobs[line, scored]).all():
+                raise NonFiniteError(names[i], loaded, rows[i])
             results[i] = {
                 "input_ids": list(rows[i]),
                 "logprobs": [None, *map(float, logprobs[line, scored])],

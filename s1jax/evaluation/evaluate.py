@@ -23,9 +23,11 @@ from s1jax.evaluation.runs import Run, plan_runs
 from s1jax.evaluation.summary import Line, accepted, summarise
 from s1jax.evaluation.tasks import Question, load_tasks
 from s1jax.jsonl import InputError
+from s1jax.model.fingerprint import fingerprint
+from s1jax.model.hf import resolve_model
 from s1jax.paths import any_path, write_whole
 from s1jax.processes import together
-from s1jax.resume import keep_settings
+from s1jax.resume import keep_settings, settings_of
 
 _FREE_TO_CHANGE = ("output_dir", "batch_size", "mesh", "grading_seconds")
 """Keys that a stopped evaluation may go on with other values of: the results do not depend on them."""
@@ -94,10 +96,23 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     with SharedOutput(directory / "samples.jsonl", hosts) as output:
 
         def resume() -> list[Line]:
-            """Of the lines that are there, what `jobs` needs."""
+            """Of the lines that are there, what `jobs` needs; refuses those of other settings, models or questions."""
+            settings = settings_of(config, _FREE_TO_CHANGE, fingerprint(resolve_model(config.model.path)))
             first = hosts.processes.index == 0
-            keep_settings(config, _FREE_TO_CHANGE, output.path, directory / "config.json", save=first)
-            return [{name: row[name] for name in (*_KEY, "thinking_end")} for row in output.rows()]
+            keep_settings(settings, output.path, directory / "config.json", save=first)
+            asked_for = {
+                (question.task, run.name, question.id): _asked(run, question, prompt(index, run.instruction))
+                for run, (index, question) in asked
+            }
+            rows = output.rows()
+            for row in rows:
+                expected = asked_for.get(_key(row)[:3])
+                if expected is None or any(row.get(name) != value for name, value in expected.items()):
+                    raise InputError(
+                        f"{output.path}: it has {row['task']} {row['id']}, whose text or reference is not that one "
+                        "here: move it away"
+                    )
+            return [{name: row[name] for name in (*_KEY, "thinking_end")} for row in rows]
 
         lines = {_key(row): row for row in hosts.told(resume)}
         generator: Generator | None = None
@@ -151,6 +166,16 @@ def _missing_samples(config: EvaluateConfig, run: Run, question: Question, done:
     return []
 
 
+def _asked(run: Run, question: Question, prompt: PreparedPrompt) -> Line:
+    """What a line answers, and what it is graded by."""
+    return {
+        "question": question.text + run.instruction,
+        "reference": question.answer,
+        "kind": question.kind,
+        "prompt_ids": list(prompt.prompt_ids),
+    }
+
+
 def _line(job: _Job, event: Finished) -> Line:
     question = job.question
     return {
@@ -158,9 +183,7 @@ def _line(job: _Job, event: Finished) -> Line:
         "run": job.run.name,
         "id": question.id,
         "sample": job.request.sample,
-        "question": question.text + job.run.instruction,
-        "reference": question.answer,
-        "kind": question.kind,
+        **_asked(job.run, question, job.request.prompt),
         **{name: value for name, value in asdict(event.generation).items() if name != "logprobs"},
     }
 

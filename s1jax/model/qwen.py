@@ -326,20 +326,40 @@ class Qwen:
         attention how long each is; not with a cache.
         Unrolled `params` (`abstract_params(stacked=False)`) run layer by layer, stacked ones are scanned.
         """
-        stacked = "attention" in params["layers"]
-        if cache is not None and (stacked or segment_ids is not None):
+        if cache is not None and ("attention" in params["layers"] or segment_ids is not None):
             raise ValueError("a cache needs parameters that are unrolled, and has no segments")
-        graphdef = nnx.split(self._abstract if stacked else self._abstract_unrolled)[0]
-        decoder = nnx.merge(graphdef, params)
+        decoder, x, inputs = self._begin(params, input_ids, positions, segment_ids, segment_lengths)
+        if "attention" in params["layers"]:
+            return decoder.norm(self._scan(decoder.layers, x, inputs)), None
+        x, cache = self._unroll(decoder.layers, x, inputs, cache)
+        return decoder.norm(x), cache
+
+    def between_layers(
+        self, params: Params, input_ids: Int[Array, "batch length"], positions: Int[Array, "batch length"]
+    ) -> list[Hidden]:
+        """What goes into each layer, and what comes out of the last; `params` are unrolled."""
+        decoder, x, inputs = self._begin(params, input_ids, positions, None, None)
+        states = [x]
+        for layer in decoder.layers:
+            states.append(layer(states[-1], inputs)[0])
+        return states
+
+    def _begin(
+        self,
+        params: Params,
+        input_ids: Int[Array, "batch length"],
+        positions: Int[Array, "batch length"],
+        segment_ids: Int[Array, "batch length"] | None,
+        segment_lengths: Int[Array, "batch segments"] | None,
+    ) -> tuple[Decoder, Hidden, _Inputs]:
+        """The modules with these parameters, the embeddings, and what all layers are given."""
+        stacked = "attention" in params["layers"]
+        decoder = nnx.merge(nnx.split(self._abstract if stacked else self._abstract_unrolled)[0], params)
         x = look_up(decoder.embedding[...], input_ids, self.dtype)
         frequencies, magnitude = rope_frequencies(self.config)
         rotations = rope_rotations(positions, frequencies, magnitude)
         rotations = jax.tree.map(lambda r: constrain(r, "batch", "length", *[None] * (r.ndim - 2)), rotations)
-        inputs = _Inputs(rotations, positions, segment_ids, segment_lengths)
-        if stacked:
-            return decoder.norm(self._scan(decoder.layers, x, inputs)), None
-        x, cache = self._unroll(decoder.layers, x, inputs, cache)
-        return decoder.norm(x), cache
+        return decoder, x, _Inputs(rotations, positions, segment_ids, segment_lengths)
 
     def _scan(self, layers: DecoderLayer, x: Hidden, inputs: _Inputs) -> Hidden:
         graphdef, stack = nnx.split(layers)
