@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from s1jax.config import MeshSection, ModelSection
 from s1jax.decoding.budget import ThinkingBudget
 from s1jax.decoding.generate import Finished, Generation, Generator, Request
-from s1jax.decoding.profiles import DelimiterProfile, load_profile, prepare_prompt, tokenize_profile
+from s1jax.decoding.profiles import DelimiterProfile, load_profile, prepare_prompt, profile_of_model
 from s1jax.decoding.requests import Messages, encode_prompt
 from s1jax.decoding.sampling import Sampling
 from s1jax.decoding.setup import check_requests
@@ -45,7 +45,7 @@ def generate(
         raise ValueError(f"{len(prompts)} prompts, but {len(budgets)} budgets")
     tokenizer = loaded.tokenizer
     delimiters = load_profile(profile) if isinstance(profile, str) else profile
-    ids = tokenize_profile(delimiters, tokenizer, loaded.model.config.vocab_size)
+    ids = profile_of_model(delimiters, tokenizer, loaded.directory, loaded.model.config.vocab_size)
     requests = []
     for index, (prompt, own) in enumerate(zip(prompts, budgets, strict=True)):
         try:

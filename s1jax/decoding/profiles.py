@@ -5,7 +5,7 @@ used.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Annotated
 
@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 from transformers import PreTrainedTokenizerBase
 
+from s1jax.model.config_json import read_eos_ids
 from s1jax.paths import AnyPath, any_path
 from s1jax.plain_yaml import read_yaml
 from s1jax.tokenizer import check_vocabulary, decode, encode
@@ -245,6 +246,19 @@ def tokenize_profile(profile: DelimiterProfile, tokenizer: PreTrainedTokenizerBa
         ends_in_newline=ends_in_newline,
         valid=valid,
     )
+
+
+def profile_of_model(
+    profile: DelimiterProfile, tokenizer: PreTrainedTokenizerBase, directory: AnyPath, vocab_size: int
+) -> ProfileIds:
+    """`tokenize_profile`, where what the model's generation_config.json names as eos is one too, as in transformers.
+
+    Raises ValueError as that does, and for a generation_config.json that cannot be read.
+    """
+    ids = tokenize_profile(profile, tokenizer, vocab_size)
+    eos = tuple(dict.fromkeys(ids.eos + read_eos_ids(directory)))
+    end_tokens = tuple(dict.fromkeys(ids.end_tokens + eos)) if profile.thinks else ()
+    return replace(ids, eos=eos, end_tokens=end_tokens)
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
