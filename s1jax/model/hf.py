@@ -318,6 +318,7 @@ def _find(directory: AnyPath) -> dict[str, StoredTensor]:
         except OSError as error:
             problems.append(f"{path.name}: cannot be read ({error})")
             continue
+        problems += [f"{path.name}: holds {name}, as {found[name].path.name} does" for name in names if name in found]
         found.update(names)
         problems += [
             f"{path.name}: the index places {name} here, but it is not" for name in sorted(expected - names.keys())
