@@ -7,7 +7,7 @@ import os
 import re
 import threading
 from codecs import BOM_UTF8
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,12 +107,12 @@ def is_begun(path: AnyPath) -> bool:
     return path.is_file() or bool(_parts(path))
 
 
-def written_rows(path: AnyPath) -> list[dict[str, Any]]:
+def written_rows(path: AnyPath, **columns: Any) -> list[dict[str, Any]]:
     """All whole rows that earlier runs, of however many processes, left of this output: its file's, then its parts'.
 
     A row may be there twice after a kill. A last line that is not whole, cut short by the end of a run or being
-    written, is none. Nothing is changed. Raises InputError if there is anything else in a file, OSError if one cannot
-    be read.
+    written, is none. Nothing is changed. `columns` are those that each row has, and the types of their values. Raises
+    InputError if there is anything else in a file, OSError if one cannot be read.
     """
     with ThreadPoolExecutor(_READERS) as pool:
         while True:
@@ -125,12 +125,22 @@ def written_rows(path: AnyPath) -> list[dict[str, Any]]:
             except FileNotFoundError:
                 continue
     for source in sources:
-        if source.problems:
-            raise InputError(f"{source.error(source.problems)}\nthe file was not written by this command: move it away")
+        wrong = ((number, _wrong_column(row, columns)) for number, row in source.rows)
+        if problems := [*source.problems, *(Problem(number, text) for number, text in wrong if text)]:
+            raise InputError(f"{source.error(problems)}\nthe file was not written by this command: move it away")
     return [row for source in sources for _, row in source.rows]
 
 
-def stream_rows(path: AnyPath) -> Iterator[dict[str, Any]]:
+def _wrong_column(row: dict[str, Any], columns: Mapping[str, Any]) -> str | None:
+    for key, kind in columns.items():
+        if key not in row:
+            return f"it has no {key}"
+        if not isinstance(row[key], kind):
+            return f"{key} is {describe(row[key])}"
+    return None
+
+
+def stream_rows(path: AnyPath, **columns: Any) -> Iterator[dict[str, Any]]:
     """The rows of `written_rows`, one at a time, of an output that may be too large for memory."""
     for file in [*([path] if path.is_file() else []), *_parts(path)]:
         for number, line in enumerate(_lines(file), start=1):
@@ -140,8 +150,9 @@ def stream_rows(path: AnyPath) -> Iterator[dict[str, Any]]:
                 row = parse_json(line, allow_nan=True)
             except ValueError:
                 row = None
-            if not isinstance(row, dict):
-                raise InputError(f"{file}: line {number}: it was not written by this command: move it away")
+            wrong = _wrong_column(row, columns) if isinstance(row, dict) else "it is no object in JSON"
+            if wrong:
+                raise InputError(f"{file}: line {number}: {wrong}: it was not written by this command: move it away")
             yield row
 
 

@@ -67,7 +67,7 @@ def _compute(
         mesh=section.mesh,
     )
     setup, budget = prepare(config), thinking_budget(section.budget, None)
-    status = {row["id"]: row["status"] for row in written_rows(results)}
+    status = {row["id"]: row["status"] for row in written_rows(results, id=str, status=str)}
     requests, failed = [], []
     for index, question in enumerate(questions):
         if question["id"] not in status:

@@ -144,9 +144,14 @@ def _candidates(config: CurateConfig, filtered: AnyPath) -> list[Candidate]:
     name = config.select.tokenizer
     tokenizer = load_tokenizer(name) if name else None
     classified = filtered.with_name("domains.jsonl")
-    domains = {row["id"]: row["domain"] for row in stream_rows(classified)} if classified.exists() else {}
+    domains = (
+        {row["id"]: row["domain"] for row in stream_rows(classified, id=str, domain=str | None)}
+        if classified.exists()
+        else {}
+    )
     candidates = []
-    for row in tqdm(stream_rows(filtered), desc="select", unit="trace", disable=None):
+    rows = stream_rows(filtered, id=str, source=str, trace=str, domain=str | None, teacher=str | None)
+    for row in tqdm(rows, desc="select", unit="trace", disable=None):
         trace = row["trace"]
         length = len(encode(trace, tokenizer)) if tokenizer else len(trace.split())
         domain = row["domain"] or domains.get(row["id"]) or UNCLASSIFIED

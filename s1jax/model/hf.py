@@ -356,7 +356,7 @@ def _weight_files(directory: AnyPath, problems: list[str]) -> list[tuple[AnyPath
             return []
         by_file.setdefault(file, set()).add(name)
     outside = sorted(file for file in by_file if file.startswith("/") or ".." in PurePosixPath(file).parts)
-    problems += [f"{INDEX_FILE}: names {file}, outside the directory" for file in outside]
+    problems += [f"{INDEX_FILE}: names {file:.100}, outside the directory" for file in outside]
     return [(directory / file, names) for file, names in sorted(by_file.items()) if file not in outside]
 
 

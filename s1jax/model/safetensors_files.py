@@ -82,6 +82,9 @@ def read_header(path: AnyPath) -> dict[str, StoredTensor]:
     header = parse_json(bytes(first[8 : 8 + length]))
     if not isinstance(header, dict):
         raise ValueError(f"a header that does not describe tensors: {header!r:.40}")
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"a header with the __metadata__ {metadata!r:.40}, expected texts by name")
     tensors = {name: _stored(path, 8 + length, name, entry) for name, entry in header.items() if name != "__metadata__"}
     end = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):

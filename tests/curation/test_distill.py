@@ -155,7 +155,9 @@ def test_a_journal_of_something_else_is_refused(tmp_path: Path) -> None:
             distill(teacher(server, model="another"), output)
         journal = output / "responses.jsonl"
         journal.write_bytes(b"not JSON\n" + journal.read_bytes())
-        with pytest.raises(InputError, match=r"responses.jsonl: line 1: it was not written by this command"):
+        with pytest.raises(
+            InputError, match=r"responses.jsonl: line 1: it is no object in JSON: it was not written by this command"
+        ):
             distill(teacher(server), output)
 
 

@@ -41,6 +41,8 @@ def test_a_whole_file_is_read(tmp_path: Path) -> None:
         (b"{", "not JSON"),
         (b'{"a": {}, "a": {}}', "'a' stands twice"),
         ([], "does not describe tensors"),
+        ({"__metadata__": []}, "expected texts by name"),
+        ({"__metadata__": {"format": 3}}, "expected texts by name"),
         ({"a": 3}, "does not describe tensors: a has"),
         ({"a": entry(stop=10**30)}, "does not describe tensors"),
         ({"a": entry(start=-1)}, "does not describe tensors"),
@@ -61,7 +63,7 @@ def test_a_whole_file_is_read(tmp_path: Path) -> None:
         ({"a": entry(0, 64, [16])}, "bytes, "),
         ({}, "bytes, "),
     ],
-    ids=range(25),
+    ids=range(27),
 )
 def test_a_header_that_does_not_describe_the_file(header: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as error:
