@@ -29,7 +29,7 @@ from benchmarks import fuzz_files, fuzz_mutations
 SECONDS = 60.0
 """For one case, on a busy machine; a template alone may take ten of a processor."""
 MEMORY_BYTES = 4 * 2**30
-_LONGEST_LINE = 1_000
+_LONGEST_LINE = 5_000
 _PRINTED = (ValueError, OSError, RuntimeError, ModuleNotFoundError)
 """What the commands print as a message, see s1jax.command."""
 _RAW = (RecursionError, UnicodeError, json.JSONDecodeError, NotImplementedError)

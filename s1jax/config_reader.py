@@ -24,6 +24,7 @@ _NAME = "NAME"
 _LISTED_PROBLEMS = 50
 _MOST_PARTS = 20
 """Of a dotted key."""
+_LONGEST_PATH = 4096
 _LONGEST_NAME = 200
 """Of a mistaken key, in characters: what it is compared by, and what is shown of it."""
 _WORDS_HELP = """\
@@ -146,7 +147,7 @@ def _read_file(name: str, beside: AnyPath | None, seen: tuple[AnyPath, ...] = ()
     if "extends" not in tree:
         return tree
     base = tree.pop("extends")
-    if not isinstance(base, str) or not base or "\0" in base:
+    if not isinstance(base, str) or not 0 < len(base) <= _LONGEST_PATH or "\0" in base:
         raise ConfigError(f"{path}: extends: expected the path of a YAML file, found {base!r:.60}")
     merged = _read_file(base, path, (*seen, path))
     _merge(merged, tree)

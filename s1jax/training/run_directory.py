@@ -57,7 +57,7 @@ def check_config(directory: AnyPath, config: TrainConfig, fingerprint: str) -> N
         harmful = [key for key in changed if not key.startswith(_HARMLESS)]
         if harmful and not config.training.force:
             raise RunError(
-                f"{directory}: {', '.join(harmful):.1000} changed, which would change the training: "
+                f"{directory}: {', '.join(harmful):.500} changed, which would change the training: "
                 "undo that, use another training.output_dir, or set training.force=true to go on all the same"
             )
     if jax.process_index() == 0:
