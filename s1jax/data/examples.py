@@ -166,7 +166,7 @@ def _find_format(source: Source) -> type[Row]:
         number, row = source.rows[0]
         known = ", ".join(f"'{fmt.column}' ({fmt.name})" for fmt in FORMATS)
         found = ", ".join(repr(column) for column in row) or "none"
-        problems.append(Problem(number, f"no known format: expected a column {known}; found {found}"))
+        problems.append(Problem(number, f"no known format: expected a column {known}; found {found:.300}"))
     raise source.error(problems)
 
 

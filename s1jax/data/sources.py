@@ -5,7 +5,7 @@ import re
 from codecs import BOM_UTF8
 from pathlib import Path
 
-from pyarrow import ArrowInvalid, parquet
+from pyarrow import ArrowException, parquet
 
 from s1jax.jsonl import InputError, Source, describe, keep_objects, read_jsonl
 from s1jax.paths import AnyPath, BucketPath, any_path
@@ -55,9 +55,11 @@ def _read_json(file: AnyPath) -> Source:
 
 def _read_parquet(file: AnyPath) -> Source:
     try:
-        values = parquet.read_table(file if isinstance(file, Path) else io.BytesIO(file.read_bytes())).to_pylist()
-    except (ArrowInvalid, OSError) as error:
-        raise InputError(f"{file}: not readable as Parquet: {error}") from error
+        content = file if isinstance(file, Path) else io.BytesIO(file.read_bytes())
+        # Not in Arrow's own threads, where a damaged file that asks for too much memory ends the whole process.
+        values = parquet.read_table(content, use_threads=False).to_pylist()
+    except (ArrowException, ValueError, OSError) as error:
+        raise InputError(f"{file}: not readable as Parquet: {error!s:.500}") from None
     return keep_objects(str(file), "row", list(enumerate(values, start=1)))
 
 

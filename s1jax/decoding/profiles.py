@@ -157,7 +157,7 @@ def _explain(problem: ErrorDetails) -> str:
     expected = {"string": "a text", "tuple": "a list of texts", "bool": "true or false"}.get(kind)
     if expected is None:
         return f"{key}: {problem['msg']}"
-    return f"{key}: expected {expected}, found {problem['input']!r}"
+    return f"{key}: expected {expected}, found {problem['input']!r:.200}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +222,12 @@ def tokenize_profile(profile: DelimiterProfile, tokenizer: PreTrainedTokenizerBa
         after_newline = encode("budget_end", "\n" + profile.budget_end)
     if problems:
         raise ValueError(
-            "\n  ".join([f"delimiter profile {profile.name!r} does not fit the tokenizer:", *dict.fromkeys(problems)])
+            "\n  ".join(
+                [
+                    f"delimiter profile {profile.name!r} does not fit the tokenizer {tokenizer.name_or_path}:",
+                    *dict.fromkeys(problems),
+                ]
+            )
         )
 
     valid = np.zeros(vocab_size, bool)

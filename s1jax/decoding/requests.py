@@ -129,7 +129,7 @@ def read_prompts(
 def _given(row: dict[str, Any], reasons: list[str]) -> Any:
     present = [key for key in _PROMPT_KEYS if row.get(key) is not None]
     if len(present) != 1:
-        found = f"found {' and '.join(present)}" if present else f"found {sorted(row) or 'an empty object'}"
+        found = f"found {' and '.join(present)}" if present else f"found {sorted(row) or 'an empty object'!s:.300}"
         reasons.append(f"expected one of prompt, messages and input_ids, {found}")
         return None
     kind: Any = {"prompt": str, "messages": Messages, "input_ids": list[int]}[present[0]]
