@@ -56,7 +56,7 @@ def main(directory: str, questions: str) -> None:
     results = generate(loaded, asked, ThinkingBudget(max_answer_tokens=NEW_TOKENS), profile="none")
     pairs = []
     for question, ours in zip(asked, results, strict=True):
-        prompt = encode_prompt(question, loaded.tokenizer, chat_template=True)
+        prompt = encode_prompt(question, loaded.tokenizer, chat_template=True).input_ids
         theirs = model.model.generate(
             torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, repetition_penalty=1.0
         )[0, len(prompt) :].tolist()
@@ -73,7 +73,7 @@ def main(directory: str, questions: str) -> None:
             results = generate(loaded, asked[:BUDGETED_QUESTIONS], budget)
             pairs = []
             for question, ours in zip(asked, results, strict=False):
-                prompt = encode_prompt(question, loaded.tokenizer, chat_template=True)
+                prompt = encode_prompt(question, loaded.tokenizer, chat_template=True).input_ids
                 theirs = rules.run_budget(model.next_token, prompt, s1, budget, encode, context_length)
                 same = ours.forced == theirs.forced and ours.num_waits == theirs.num_waits
                 assert same or ours.output_ids != theirs.output_ids

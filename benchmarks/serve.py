@@ -36,7 +36,8 @@ class Model:
 
     def answer(self, messages: list[dict[str, str]], max_tokens: int) -> Generation:
         """Wait for the answer, of at most so many tokens. Raises ValueError for a prompt that leaves no room."""
-        prompt = prepare_prompt(encode_prompt(messages, self._setup.tokenizer, True), self._setup.profile)
+        encoded = encode_prompt(messages, self._setup.tokenizer, True)
+        prompt = prepare_prompt(encoded.input_ids, self._setup.profile, encoded.after_user)
         answer = max(1, max_tokens // 4)
         budget = ThinkingBudget(
             max_answer_tokens=answer,

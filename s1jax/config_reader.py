@@ -24,8 +24,9 @@ _NAME = "NAME"
 _LISTED_PROBLEMS = 50
 _MOST_PARTS = 20
 """Of a dotted key."""
+_LONGEST_PATH = 4096
 _LONGEST_NAME = 200
-"""What a mistaken key is compared by, in characters."""
+"""Of a mistaken key, in characters: what it is compared by, and what is shown of it."""
 _WORDS_HELP = """\
 A value of type str is the text as it stands, spaces included; null or ~ is null where the type has null. A list of
 texts is written [a, "b c"], other values as in YAML."""
@@ -146,7 +147,7 @@ def _read_file(name: str, beside: AnyPath | None, seen: tuple[AnyPath, ...] = ()
     if "extends" not in tree:
         return tree
     base = tree.pop("extends")
-    if not isinstance(base, str) or not base or "\0" in base:
+    if not isinstance(base, str) or not 0 < len(base) <= _LONGEST_PATH or "\0" in base:
         raise ConfigError(f"{path}: extends: expected the path of a YAML file, found {base!r:.60}")
     merged = _read_file(base, path, (*seen, path))
     _merge(merged, tree)
@@ -234,16 +235,17 @@ def _explain(error: Mapping[str, Any], known: Mapping[str, Any]) -> tuple[str, s
     while key not in known and len(parts) > 1 and error["type"] not in ("unexpected_keyword_argument", "missing"):
         parts.pop()
         key = ".".join(parts)
+    shown = key[:_LONGEST_NAME]
     if error["type"] == "unexpected_keyword_argument":
         sections = {name.rpartition(".")[0] for name in known} - {""}
-        near = difflib.get_close_matches(key[:_LONGEST_NAME], [*known, *sections], n=1, cutoff=0)
-        return key, f"{key}: unknown key; did you mean {near[0]}?"
+        near = difflib.get_close_matches(shown, [*known, *sections], n=1, cutoff=0)
+        return key, f"{shown}: unknown key; did you mean {near[0]}?"
     if error["type"] == "missing":
-        return key, f"{key}: required"
+        return key, f"{shown}: required"
     if error["type"] == "value_error":
-        return key, f"{key}: {error['ctx']['error']}"
+        return key, f"{shown}: {error['ctx']['error']}"
     expected = f"; expected {known[key][0]}" if key in known else ""
-    return key, f"{key}: {error['msg']}, got {error['input']!r:.200}{expected}"
+    return key, f"{shown}: {error['msg']}, got {error['input']!r:.200}{expected}"
 
 
 def _with_names(key: list[str], parts: list[str]) -> str:

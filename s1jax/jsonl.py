@@ -6,7 +6,8 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from codecs import BOM_UTF8
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from s1jax.locks import InUseError, Lock
 from s1jax.paths import AnyPath, BucketPath, WriteError, file_size, files_below, read_range, remove_tree, replacing
+from s1jax.strict_json import parse_json
 
 LISTED_PROBLEMS = 20
 FLUSH_SECONDS = 5.0
@@ -91,11 +93,10 @@ def _parse(path: str, content: bytes) -> Source:
         if not line.strip():
             continue
         try:
-            values.append((number, json.loads(line.decode("utf-8-sig"))))
-        except UnicodeDecodeError as error:
-            problems.append(Problem(number, f"not UTF-8: {error.reason} at byte {error.start + 1}"))
-        except json.JSONDecodeError as error:
-            problems.append(Problem(number, f"not JSON: {error.msg} at character {error.pos + 1}"))
+            # Many a data set has NaN in columns that nobody reads.
+            values.append((number, parse_json(line.removeprefix(BOM_UTF8), allow_nan=True)))
+        except ValueError as error:
+            problems.append(Problem(number, str(error)))
     source = keep_objects(path, "line", values)
     source.problems.extend(problems)
     return source
@@ -106,12 +107,12 @@ def is_begun(path: AnyPath) -> bool:
     return path.is_file() or bool(_parts(path))
 
 
-def written_rows(path: AnyPath) -> list[dict[str, Any]]:
+def written_rows(path: AnyPath, **columns: Any) -> list[dict[str, Any]]:
     """All whole rows that earlier runs, of however many processes, left of this output: its file's, then its parts'.
 
     A row may be there twice after a kill. A last line that is not whole, cut short by the end of a run or being
-    written, is none. Nothing is changed. Raises InputError if there is anything else in a file, OSError if one cannot
-    be read.
+    written, is none. Nothing is changed. `columns` are those that each row has, and the types of their values. Raises
+    InputError if there is anything else in a file, OSError if one cannot be read.
     """
     with ThreadPoolExecutor(_READERS) as pool:
         while True:
@@ -124,23 +125,34 @@ def written_rows(path: AnyPath) -> list[dict[str, Any]]:
             except FileNotFoundError:
                 continue
     for source in sources:
-        if source.problems:
-            raise InputError(f"{source.error(source.problems)}\nthe file was not written by this command: move it away")
+        wrong = ((number, _wrong_column(row, columns)) for number, row in source.rows)
+        if problems := [*source.problems, *(Problem(number, text) for number, text in wrong if text)]:
+            raise InputError(f"{source.error(problems)}\nthe file was not written by this command: move it away")
     return [row for source in sources for _, row in source.rows]
 
 
-def stream_rows(path: AnyPath) -> Iterator[dict[str, Any]]:
+def _wrong_column(row: dict[str, Any], columns: Mapping[str, Any]) -> str | None:
+    for key, kind in columns.items():
+        if key not in row:
+            return f"it has no {key}"
+        if not isinstance(row[key], kind):
+            return f"{key} is {describe(row[key])}"
+    return None
+
+
+def stream_rows(path: AnyPath, **columns: Any) -> Iterator[dict[str, Any]]:
     """The rows of `written_rows`, one at a time, of an output that may be too large for memory."""
     for file in [*([path] if path.is_file() else []), *_parts(path)]:
         for number, line in enumerate(_lines(file), start=1):
             if not line.endswith(b"\n"):
                 break
             try:
-                row = json.loads(line)
+                row = parse_json(line, allow_nan=True)
             except ValueError:
                 row = None
-            if not isinstance(row, dict):
-                raise InputError(f"{file}: line {number}: it was not written by this command: move it away")
+            wrong = _wrong_column(row, columns) if isinstance(row, dict) else "it is no object in JSON"
+            if wrong:
+                raise InputError(f"{file}: line {number}: {wrong}: it was not written by this command: move it away")
             yield row
 
 

@@ -18,7 +18,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter
 
 from s1jax.paths import AnyPath, BucketPath
 
@@ -91,7 +93,7 @@ class _Holder:
     nonce: str
     machine: str
     """Boot and process namespace: where this is the same, process ids mean the same processes."""
-    process: int
+    process: Annotated[int, Field(gt=0, lt=2**31)]
     started: str
     host: str
     count: int = 0
@@ -213,9 +215,8 @@ def _read(path: BucketPath) -> bytes | None:
 
 def _decode(content: bytes, path: BucketPath) -> _Holder:
     try:
-        fields: dict[str, Any] = json.loads(content)
-        return _Holder(**fields)
-    except (ValueError, TypeError):
+        return TypeAdapter(_Holder).validate_json(content, strict=True)
+    except ValueError:
         raise OSError(errno.EINVAL, "expected a lock that this program wrote: move it away", str(path)) from None
 
 

@@ -5,8 +5,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from s1jax.config_reader import to_dict
-from s1jax.jsonl import InputError, is_begun
+from s1jax.jsonl import InputError, describe, is_begun
 from s1jax.paths import AnyPath, write_whole
+from s1jax.strict_json import parse_json
 
 
 def settings_of(config: Any, free_to_change: Collection[str], model: Mapping[str, str]) -> dict[str, Any]:
@@ -23,9 +24,14 @@ def keep_settings(settings: Mapping[str, Any], output: AnyPath, beside: AnyPath,
     """
     settings = json.loads(json.dumps(to_dict(settings)))
     if is_begun(output) and beside.exists():
-        before = json.loads(beside.read_text(encoding="utf-8"))
+        try:
+            before = parse_json(beside.read_bytes(), allow_nan=True)
+        except ValueError as error:
+            raise InputError(f"{beside}: {error}: move it away, and {output}") from None
+        if not isinstance(before, dict):
+            raise InputError(f"{beside}: expected an object, found {describe(before)}: move it away, and {output}")
         changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
         if changed:
-            raise InputError(f"{output}: it was written with other values of {', '.join(changed)}: move it away")
+            raise InputError(f"{output}: it was written with other values of {', '.join(changed):.500}: move it away")
     if save:
         write_whole(beside, json.dumps(settings, indent=2) + "\n")

@@ -81,7 +81,10 @@ def ask_all(
         with tqdm(total=len(asks), initial=ended, desc=name, unit="question", disable=None) as bar:
             asyncio.run(run.ask(waiting, bar))
         ids = {ask.id for ask in asks}
-        replace_rows(results, (_result(row, fields, read) for row in kept.endings() if row["id"] in ids))
+        try:
+            replace_rows(results, (_result(row, fields, read) for row in kept.endings() if row["id"] in ids))
+        except FailureError as error:
+            raise InputError(f"{journal}: an answer of an earlier run is of no use: {error}: move it away") from None
         counts = Counter(kept.status.get(ask.id, "unasked") for ask in asks)
     summary = ", ".join(f"{counts[status]} {status}" for status in STATUSES) + f"; {kept.cost:.4f} spent"
     if run.fatal:
@@ -99,6 +102,16 @@ def _result(row: dict[str, Any], fields: tuple[str, ...], read: Callable[[Reply]
     return {**{key: row[key] for key in before}, **found, **{key: row[key] for key in after}}
 
 
+_COLUMNS = {
+    **dict.fromkeys(("id", "asked", "status"), str),
+    "reason": str | None,
+    **dict.fromkeys(("prompt_tokens", "completion_tokens", "tokens"), int),
+    "cost": int | float,
+    "response": dict | None,
+}
+"""Of a journal, with the types of their values."""
+
+
 class _Journal:
     """The lines of earlier runs and of this one."""
 
@@ -113,7 +126,7 @@ class _Journal:
         self._lines = 0
         self.tokens, self.cost = 0, 0.0
         """What all runs together have spent, at most."""
-        for row in stream_rows(path):
+        for row in stream_rows(path, **_COLUMNS):
             self._count(row)
         self._writer = RowWriter(path)
 

@@ -11,7 +11,7 @@ from s1jax.curation.endpoint import FailureError
 from s1jax.curation.files import read_questions
 from s1jax.curation.message import Reply
 from s1jax.curation.sections import StudentSection
-from s1jax.jsonl import RowWriter, merge_parts, written_rows
+from s1jax.jsonl import InputError, RowWriter, merge_parts, written_rows
 from s1jax.paths import AnyPath
 from s1jax.resume import keep_settings
 
@@ -67,12 +67,15 @@ def _compute(
         mesh=section.mesh,
     )
     setup, budget = prepare(config), thinking_budget(section.budget, None)
-    status = {row["id"]: row["status"] for row in written_rows(results)}
+    status = {row["id"]: row["status"] for row in written_rows(results, id=str, status=str)}
     requests, failed = [], []
     for index, question in enumerate(questions):
         if question["id"] not in status:
-            ids = encode_prompt(question["question"] + section.instruction, setup.tokenizer, chat_template=True)
-            request = Request(prepare_prompt(ids, setup.profile), budget, index)
+            try:
+                encoded = encode_prompt(question["question"] + section.instruction, setup.tokenizer, chat_template=True)
+            except ValueError as error:
+                raise InputError(f"attempt {name}: question {question['id']}: {error}") from None
+            request = Request(prepare_prompt(encoded.input_ids, setup.profile, encoded.after_user), budget, index)
             problem = problem_of(request, setup.profile, setup.context_length)
             if problem:
                 failed.append({"id": question["id"], "status": "failed", "reason": problem, "text": None})

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from matplotlib.figure import Figure
+from pydantic import TypeAdapter, ValidationError
 
 from s1jax.evaluation.charts import as_svg
 from s1jax.jsonl import InputError
@@ -24,6 +25,13 @@ class Entry:
     """What was left, and how many questions, step by step."""
     tables: dict[str, Mapping[str, int | float]] = field(default_factory=dict)
     """Further figures by title."""
+
+
+@dataclass(frozen=True)
+class _Written(Entry):
+    """An entry as it stands in card.json."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def add_to_card(output_dir: AnyPath, stage: str, entry: Entry, settings: dict[str, Any]) -> None:
@@ -50,9 +58,14 @@ def _read(path: AnyPath) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        entries = TypeAdapter(dict[str, _Written]).validate_json(path.read_bytes(), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path}: {place:.100}: {first['msg']:.200}; move it away") from None
+    except OSError as error:
         raise InputError(f"{path}: not readable: {error}; move it away") from None
+    return {name: asdict(entry) for name, entry in entries.items()}
 
 
 def _chart(funnel: list[tuple[str, int]]) -> Figure:

@@ -87,7 +87,7 @@ def _source(name: str, section: SourceSection) -> list[_Row]:
         for key, column in of_key.items():
             value = row.get(column) if column is not None else None
             if isinstance(value, str | int | float):
-                found[key] = _clean(str(value))
+                found[key] = str(value)
             elif value is not None:
                 problems.append(Problem(number, f"{column}: expected a text, found {describe(value)}"))
         answer = found["answer"]
@@ -131,8 +131,3 @@ def _check_columns(source: Source, columns: dict[str, str]) -> None:
     for key, column in columns.items():
         if source.rows and column not in there:
             raise InputError(f"{key}: {source.path} has no column {column!r}; it has {', '.join(map(repr, there))}")
-
-
-def _clean(text: str) -> str:
-    """The text with halves of surrogate pairs, which no file can hold, replaced."""
-    return text.encode(errors="replace").decode()

@@ -103,7 +103,7 @@ def domains(section: DomainsSection, output_dir: AnyPath) -> dict[str, int]:
     codes = "\n".join(f"{code} {name}" for code, name in CODES.items())
     asks = [
         Ask(question["id"], user_turn(_PROMPT.format(question=question["question"], codes=codes)))
-        for question in stream_rows(questions)
+        for question in stream_rows(questions, id=str, question=str)
         if question.get("domain") is None
     ]
     return ask_all(

@@ -20,7 +20,7 @@ from s1jax.curation.sections import EndpointSection
 
 try:
     import httpx2
-    from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI
+    from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, DefaultAsyncHttpxClient
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error.name} is not installed: pip install '.[curation]'") from None
 
@@ -65,7 +65,14 @@ class Endpoint:
         self._section, self._key = section, _read_key(section, name)
         # Its debug log has headers of the answers, which may repeat the key.
         logging.getLogger("openai").setLevel(logging.WARNING)
-        self._client = AsyncOpenAI(api_key=self._key, base_url=section.base_url, max_retries=0, timeout=section.timeout)
+        # The questions are for this endpoint, and not for whoever it names: redirects are told, not followed.
+        self._client = AsyncOpenAI(
+            api_key=self._key,
+            base_url=section.base_url,
+            max_retries=0,
+            timeout=section.timeout,
+            http_client=DefaultAsyncHttpxClient(follow_redirects=False),
+        )
 
     async def __aenter__(self) -> "Endpoint":
         return self
@@ -113,6 +120,9 @@ class Endpoint:
         status = error.status_code
         said = self._clean(f"HTTP {status}: {error.message}")
         fatal = _FATAL.get(status) or (_FATAL[402] if error.code == "insufficient_quota" else None)
+        if 300 <= status < 400:
+            target = self._clean(error.response.headers.get("location", "nowhere"))
+            return EndpointError(f"{self._section.base_url}: it redirects to {target}: is base_url wrong?")
         if fatal:
             return EndpointError(f"{self._section.base_url}: {fatal} ({said})")
         if status not in _TRANSIENT and status < 500:

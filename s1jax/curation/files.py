@@ -17,8 +17,8 @@ def read_questions(output_dir: AnyPath) -> list[dict[str, Any]]:
         for key in ("id", "question"):
             if not isinstance(row.get(key), str) or not row[key].strip():
                 problems.append(Problem(line, f"{key}: expected a text, found {describe(row.get(key))}"))
-        if str(row.get("id")) in seen:
-            problems.append(Problem(line, f"id {row['id']!r} is that of an earlier line too"))
+        if "id" in row and str(row["id"]) in seen:
+            problems.append(Problem(line, f"id {row['id']!r:.100} is that of an earlier line too"))
         seen.add(str(row.get("id")))
     if problems:
         raise source.error(problems)

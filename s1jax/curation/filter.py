@@ -44,7 +44,7 @@ def filter_questions(config: CurateConfig, output_dir: AnyPath) -> Entry:
 
     def kept() -> Iterator[_Row]:
         waiting = dict(questions)
-        for trace in stream_rows(traces):
+        for trace in stream_rows(traces, id=str, status=str, reason=str | None, trace=str | None, answer=str | None):
             question = waiting.pop(trace["id"], None)
             if question is None:
                 continue
@@ -102,7 +102,7 @@ def _verdicts(config: CurateConfig, output_dir: AnyPath) -> dict[str, dict[str, 
         return {}
     verdicts: dict[str, dict[str, str]] = {}
     seen = set()
-    for row in stream_rows(path):
+    for row in stream_rows(path, id=str, who=str, verdict=str):
         verdicts.setdefault(row["id"], {})[row["who"]] = row["verdict"]
         seen.add(row["who"])
     missing = [student for student in config.students if student not in seen]

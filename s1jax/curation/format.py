@@ -17,12 +17,21 @@ _Row = dict[str, Any]
 _TYPES = ("jsonl", "parquet")
 
 
+_COLUMNS = {
+    **dict.fromkeys(("id", "question", "source", "domain", "trace", "attempt"), str),
+    "answer": str | None,
+    "metadata": object,
+}
+"""Of selected.jsonl, with the types of their values."""
+
+
 def format_rows(section: FormatSection, output_dir: AnyPath) -> Entry:
     """Write selected.jsonl as s1K rows in a random order: train, and validation if there is to be one.
 
     Raises InputError if nothing would be left to train on, or files cannot be used.
     """
-    rows = [_s1k_row(row) for row in stream_rows(stage_output(output_dir, "selected.jsonl", "select"))]
+    selected = stage_output(output_dir, "selected.jsonl", "select")
+    rows = [_s1k_row(row) for row in stream_rows(selected, **_COLUMNS)]
     if len(rows) <= section.validation:
         raise InputError(
             f"format: {len(rows)} questions are selected, and format.validation asks for {section.validation} of them"

@@ -28,7 +28,7 @@ def grade(section: GradeSection, students: Sequence[str], output_dir: AnyPath) -
     results = output_dir / "grades.jsonl"
     kept = {
         (row["who"], row["id"]): row
-        for row in written_rows(results)
+        for row in written_rows(results, who=str, id=str, method=str, verdict=str)
         if row["method"] == section.method and row["verdict"] != "ungraded"
     }
     rows: list[_Row] = []
@@ -61,7 +61,8 @@ def _answers(who: str, output_dir: AnyPath) -> dict[str, _Row]:
     path = output_dir / name
     if not path.exists():
         raise InputError(f"{path}: not there; run the stage {stage} first")
-    return {row["id"]: {"text": row.get(key), "reason": row["reason"]} for row in stream_rows(path)}
+    rows = stream_rows(path, **{"id": str, "reason": str | None, key: str | None})
+    return {row["id"]: {"text": row[key], "reason": row["reason"]} for row in rows}
 
 
 def _case(who: str, question: _Row, answer: _Row | None) -> Case | str:
@@ -99,7 +100,8 @@ def _verified(section: GradeSection, cases: dict[tuple[str, str], Case], results
 def _judged(section: GradeSection, cases: dict[tuple[str, str], Case], output_dir: AnyPath) -> list[_Row]:
     """Grade by asking the judge."""
     judge(section.endpoint, cases.values(), output_dir)
-    verdicts = {row["id"]: row for row in stream_rows(output_dir / "verdicts.jsonl")}
+    kept = stream_rows(output_dir / "verdicts.jsonl", id=str, verdict=str | None, reason=str | None)
+    verdicts = {row["id"]: row for row in kept}
     rows = []
     for (who, identity), case in cases.items():
         found = verdicts.get(case.id, {"verdict": None, "reason": "not asked"})

@@ -14,7 +14,7 @@ from s1jax.curation.files import stage_output
 from s1jax.data.sources import read_source
 from s1jax.jsonl import InputError, Problem, describe, replace_rows, stream_rows
 from s1jax.paths import AnyPath
-from s1jax.tokenizer import load_tokenizer
+from s1jax.tokenizer import encode, load_tokenizer
 
 UNCLASSIFIED = "unclassified"
 """The domain of questions for which none is known."""
@@ -144,11 +144,16 @@ def _candidates(config: CurateConfig, filtered: AnyPath) -> list[Candidate]:
     name = config.select.tokenizer
     tokenizer = load_tokenizer(name) if name else None
     classified = filtered.with_name("domains.jsonl")
-    domains = {row["id"]: row["domain"] for row in stream_rows(classified)} if classified.exists() else {}
+    domains = (
+        {row["id"]: row["domain"] for row in stream_rows(classified, id=str, domain=str | None)}
+        if classified.exists()
+        else {}
+    )
     candidates = []
-    for row in tqdm(stream_rows(filtered), desc="select", unit="trace", disable=None):
+    rows = stream_rows(filtered, id=str, source=str, trace=str, domain=str | None, teacher=str | None)
+    for row in tqdm(rows, desc="select", unit="trace", disable=None):
         trace = row["trace"]
-        length = len(tokenizer(trace, add_special_tokens=False)["input_ids"]) if tokenizer else len(trace.split())
+        length = len(encode(trace, tokenizer)) if tokenizer else len(trace.split())
         domain = row["domain"] or domains.get(row["id"]) or UNCLASSIFIED
         candidates.append(Candidate(row["id"], row["source"], domain, length, row["teacher"]))
     return candidates

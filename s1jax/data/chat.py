@@ -9,8 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
+
+from s1jax.chat_template import render_chat
+from s1jax.tokenizer import encode
 
 THINK_HEADER = "<|im_start|>think\n"
 ANSWER_HEADER = "<|im_start|>answer\n"
@@ -27,10 +29,6 @@ class UnfaithfulError(ValueError):
     """A row that the chat template, or the markers in it, would make another training text of."""
 
 
-class TemplateError(ValueError):
-    """A conversation that the chat template does not render; the message quotes the template."""
-
-
 class Piece(NamedTuple):
     """A part of an example's text, and whether its tokens are trained on."""
 
@@ -40,27 +38,10 @@ class Piece(NamedTuple):
 
 def check_chatml(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ValueError if `<|im_start|>` is not one token, i.e. the tokenizer was not made for ChatML."""
-    if len(tokenizer.encode("<|im_start|>", add_special_tokens=False)) != 1:
+    if len(encode("<|im_start|>", tokenizer)) != 1:
         raise ValueError(
             "the tokenizer has no token <|im_start|>: s1's text needs a ChatML tokenizer, such as Qwen2.5-Instruct's"
         )
-
-
-def render_chat(
-    messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool
-) -> str:
-    """The text of a conversation, as transformers renders it; with the opening of the next turn if so asked.
-
-    Raises TemplateError.
-    """
-    try:
-        text: str = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except jinja2.TemplateError as error:
-        words = " ".join(str(error.message or type(error).__name__).split())
-        raise TemplateError(f"the chat template of {tokenizer.name_or_path} fails: {words:.300}") from None
-    return text
 
 
 def s1_response(trace: str, answer: str) -> str:

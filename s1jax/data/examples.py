@@ -13,10 +13,12 @@ from jaxtyping import Bool, Int32
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
+from s1jax.chat_template import TemplateError
 from s1jax.data import chat
 from s1jax.data.formats import FORMATS, Row, detect_format, problems_of
 from s1jax.data.sources import read_source
 from s1jax.jsonl import InputError, Problem, Source
+from s1jax.tokenizer import encode_all
 
 Overlong = Literal["error", "truncate", "drop"]
 
@@ -132,7 +134,7 @@ def load_examples(path: str, tokenizer: PreTrainedTokenizerBase, *, block_size: 
             rendered[number] = fmt.model_validate(row).render(tokenizer)
         except ValidationError as error:
             problems.extend(Problem(number, text) for text in problems_of(error))
-        except (chat.TemplateError, chat.UnfaithfulError) as error:
+        except (TemplateError, chat.UnfaithfulError) as error:
             problems.append(Problem(number, str(error)))
 
     examples = []
@@ -164,7 +166,7 @@ def _find_format(source: Source) -> type[Row]:
         number, row = source.rows[0]
         known = ", ".join(f"'{fmt.column}' ({fmt.name})" for fmt in FORMATS)
         found = ", ".join(repr(column) for column in row) or "none"
-        problems.append(Problem(number, f"no known format: expected a column {known}; found {found}"))
+        problems.append(Problem(number, f"no known format: expected a column {known}; found {found:.300}"))
     raise source.error(problems)
 
 
@@ -176,8 +178,7 @@ def _tokenize(rendered: list[list[chat.Piece]], tokenizer: PreTrainedTokenizerBa
     for start in range(0, len(rendered), TOKENIZER_BATCH):
         batch = rendered[start : start + TOKENIZER_BATCH]
         texts = [piece.text for pieces in batch for piece in pieces]
-        # verbose=False: lengths are checked here, against block_size and not the tokenizer's own maximum.
-        encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+        encoded = iter(encode_all(texts, tokenizer)["input_ids"])
         for pieces in batch:
             parts = [next(encoded) for _ in pieces]
             trained = np.repeat([piece.trained for piece in pieces], [len(part) for part in parts])

@@ -17,15 +17,6 @@ from s1jax.jsonl import describe
 def _check_text(value: str) -> str:
     if not value.strip():
         raise PydanticCustomError("empty", "should not be empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        # JSON can spell half of a surrogate pair; a tokenizer would stop there without saying in which row.
-        raise PydanticCustomError(
-            "surrogate",
-            "should be valid Unicode, has a lone surrogate at character {at}",
-            {"at": error.start + 1},
-        ) from error
     return value
 
 

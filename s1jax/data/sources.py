@@ -1,14 +1,15 @@
 """Reads rows from a JSON Lines, JSON or Parquet file, or from a data set of the Hugging Face hub."""
 
 import io
-import json
 import re
+from codecs import BOM_UTF8
 from pathlib import Path
 
-from pyarrow import ArrowInvalid, parquet
+from pyarrow import ArrowException, parquet
 
 from s1jax.jsonl import InputError, Source, describe, keep_objects, read_jsonl
 from s1jax.paths import AnyPath, BucketPath, any_path
+from s1jax.strict_json import parse_json
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -44,9 +45,9 @@ def read_source(path: str, subset: str | None = None, split: str = "train") -> S
 def _read_json(file: AnyPath) -> Source:
     hint = "expected a list of objects (one object per line belongs in a .jsonl file)"
     try:
-        values = json.loads(file.read_bytes().decode("utf-8-sig"))
+        values = parse_json(file.read_bytes().removeprefix(BOM_UTF8), allow_nan=True)
     except ValueError as error:
-        raise InputError(f"{file}: not JSON: {error}; {hint}") from error
+        raise InputError(f"{file}: {error}; {hint}") from None
     if not isinstance(values, list):
         raise InputError(f"{file}: {hint}, found {describe(values)}")
     return keep_objects(str(file), "row", list(enumerate(values, start=1)))
@@ -54,9 +55,11 @@ def _read_json(file: AnyPath) -> Source:
 
 def _read_parquet(file: AnyPath) -> Source:
     try:
-        values = parquet.read_table(file if isinstance(file, Path) else io.BytesIO(file.read_bytes())).to_pylist()
-    except (ArrowInvalid, OSError) as error:
-        raise InputError(f"{file}: not readable as Parquet: {error}") from error
+        content = file if isinstance(file, Path) else io.BytesIO(file.read_bytes())
+        # Not in Arrow's own threads, where a damaged file that asks for too much memory ends the whole process.
+        values = parquet.read_table(content, use_threads=False).to_pylist()
+    except (ArrowException, ValueError, OSError) as error:
+        raise InputError(f"{file}: not readable as Parquet: {error!s:.500}") from None
     return keep_objects(str(file), "row", list(enumerate(values, start=1)))
 
 

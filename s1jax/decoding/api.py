@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from s1jax.config import MeshSection, ModelSection
 from s1jax.decoding.budget import ThinkingBudget
 from s1jax.decoding.generate import Finished, Generation, Generator, Request
-from s1jax.decoding.profiles import DelimiterProfile, load_profile, prepare_prompt, tokenize_profile
+from s1jax.decoding.profiles import DelimiterProfile, load_profile, prepare_prompt, profile_of_model
 from s1jax.decoding.requests import Messages, encode_prompt
 from s1jax.decoding.sampling import Sampling
 from s1jax.decoding.setup import check_requests
@@ -37,18 +37,22 @@ def generate(
 ) -> list[Generation]:
     """Generate for each prompt (a question, chat messages, or token ids), with one budget for all or one for each.
 
-    Results are in the order of the prompts. Raises ValueError with every prompt that cannot be run.
+    Results are in the order of the prompts. Raises ValueError with every prompt that cannot be run, or the
+    first that cannot be rendered or tokenised.
     """
     budgets = [budget] * len(prompts) if isinstance(budget, ThinkingBudget) else list(budget)
     if len(budgets) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts, but {len(budgets)} budgets")
     tokenizer = loaded.tokenizer
     delimiters = load_profile(profile) if isinstance(profile, str) else profile
-    ids = tokenize_profile(delimiters, tokenizer, loaded.model.config.vocab_size)
-    requests = [
-        Request(prepare_prompt(encode_prompt(prompt, tokenizer, chat_template), ids), own, index)
-        for index, (prompt, own) in enumerate(zip(prompts, budgets, strict=True))
-    ]
+    ids = profile_of_model(delimiters, tokenizer, loaded.directory, loaded.model.config.vocab_size)
+    requests = []
+    for index, (prompt, own) in enumerate(zip(prompts, budgets, strict=True)):
+        try:
+            encoded = encode_prompt(prompt, tokenizer, chat_template)
+        except ValueError as error:
+            raise ValueError(f"prompt {index}: {error}") from None
+        requests.append(Request(prepare_prompt(encoded.input_ids, ids, encoded.after_user), own, index))
     named = [(f"prompt {request.index}", request) for request in requests]
     check_requests(named, ids, loaded.model.config.max_position_embeddings)
     generator = Generator(

@@ -91,7 +91,12 @@ def _read(config: GenerateConfig) -> tuple[Setup, list[Prompt], list[Request]]:
     setup = prepare(config)
     prompts = _prompts(config, setup.tokenizer, setup.profile)
     requests = [
-        Request(prepare_prompt(prompt.input_ids, setup.profile), prompt.budget, index, sample)
+        Request(
+            prepare_prompt(prompt.encoded.input_ids, setup.profile, prompt.encoded.after_user),
+            prompt.budget,
+            index,
+            sample,
+        )
         for index, prompt in enumerate(prompts)
         for sample in range(config.sampling.num_samples)
     ]
@@ -115,7 +120,11 @@ def _prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase, profile
     assert config.prompt is not None
     if not config.prompt.strip():
         raise ConfigError("prompt: is empty")
-    return [Prompt(0, config.prompt, encode_prompt(config.prompt, tokenizer, config.chat_template), budget)]
+    try:
+        encoded = encode_prompt(config.prompt, tokenizer, config.chat_template)
+    except ValueError as error:
+        raise ConfigError(f"prompt: {error}") from None
+    return [Prompt(0, config.prompt, encoded, budget)]
 
 
 def _asked(prompt: Prompt, request: Request) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ from s1jax.decoding.sampling import Sampling, request_key
 from s1jax.mesh import batch_shards
 from s1jax.model.load import LoadedModel
 from s1jax.model.qwen import KVCache
+from s1jax.tokenizer import decode
 
 STEPS_PER_CHUNK = 32
 """Decode steps between two looks of the host at the rows."""
@@ -306,8 +306,7 @@ class Generator:
         return self._decode(ids[sampled:])
 
     def _decode(self, ids: Sequence[int]) -> str:
-        text: Any = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text
+        return decode(ids, self._tokenizer)
 
 
 def bucket(length: int, limit: int, shortest: int = _SHORTEST_CACHE) -> int:

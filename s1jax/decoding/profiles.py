@@ -5,7 +5,7 @@ used.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Annotated
 
@@ -15,9 +15,10 @@ from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 from transformers import PreTrainedTokenizerBase
 
+from s1jax.model.config_json import read_eos_ids
 from s1jax.paths import AnyPath, any_path
 from s1jax.plain_yaml import read_yaml
-from s1jax.tokenizer import check_vocabulary
+from s1jax.tokenizer import check_vocabulary, decode, encode
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _explain(problem: ErrorDetails) -> str:
     expected = {"string": "a text", "tuple": "a list of texts", "bool": "true or false"}.get(kind)
     if expected is None:
         return f"{key}: {problem['msg']}"
-    return f"{key}: expected {expected}, found {problem['input']!r}"
+    return f"{key}: expected {expected}, found {problem['input']!r:.200}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,7 +222,12 @@ def tokenize_profile(profile: DelimiterProfile, tokenizer: PreTrainedTokenizerBa
         after_newline = encode("budget_end", "\n" + profile.budget_end)
     if problems:
         raise ValueError(
-            "\n  ".join([f"delimiter profile {profile.name!r} does not fit the tokenizer:", *dict.fromkeys(problems)])
+            "\n  ".join(
+                [
+                    f"delimiter profile {profile.name!r} does not fit the tokenizer {tokenizer.name_or_path}:",
+                    *dict.fromkeys(problems),
+                ]
+            )
         )
 
     valid = np.zeros(vocab_size, bool)
@@ -247,14 +253,27 @@ def tokenize_profile(profile: DelimiterProfile, tokenizer: PreTrainedTokenizerBa
     )
 
 
+def profile_of_model(
+    profile: DelimiterProfile, tokenizer: PreTrainedTokenizerBase, directory: AnyPath, vocab_size: int
+) -> ProfileIds:
+    """`tokenize_profile`, where what the model's generation_config.json names as eos is one too, as in transformers.
+
+    Raises ValueError as that does, and for a generation_config.json that cannot be read.
+    """
+    ids = tokenize_profile(profile, tokenizer, vocab_size)
+    eos = tuple(dict.fromkeys(ids.eos + read_eos_ids(directory)))
+    end_tokens = tuple(dict.fromkeys(ids.end_tokens + eos)) if profile.thinks else ()
+    return replace(ids, eos=eos, end_tokens=end_tokens)
+
+
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return the ids of a text that is to be forced, without any special token around it.
 
     Raises ValueError when the tokenizer does not know a piece of it.
     """
-    ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+    ids = tuple(encode(text, tokenizer))
     # Not by the unknown token's id: Qwen's is <|endoftext|>, which is a delimiter itself.
-    if tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False) != text:
+    if decode(ids, tokenizer) != text:
         raise ValueError(f"the tokenizer does not know {text!r}")
     return ids
 
@@ -269,11 +288,12 @@ class PreparedPrompt:
     """Whether the last thinking token's text ends in a newline; False when there is none yet."""
 
 
-def prepare_prompt(prompt_ids: Sequence[int], ids: ProfileIds) -> PreparedPrompt:
+def prepare_prompt(prompt_ids: Sequence[int], ids: ProfileIds, after_user: int = 0) -> PreparedPrompt:
     """Give the prompt its start delimiter, unless it already holds an open thinking region.
 
     The rule, on ids: a region is open where the profile's opening occurs and no end token (which any eos
-    is) comes after it, so one in an earlier turn, closed by that turn's end, does not count. The region
+    is) comes after it, so one in an earlier turn, closed by that turn's end, does not count; nor does one before the
+    id of number `after_user`, where the user merely names the opening. The region
     starts after the first such occurrence, and after the rest of the start delimiter where exactly that
     follows; what is left of the prompt are its thinking tokens. So with `<think>` and a start of
     `<think>\\n`, a prompt that ends in `<think>` stays as it is. In s1's opening, `<|im_start|>think`, the
@@ -285,10 +305,19 @@ def prepare_prompt(prompt_ids: Sequence[int], ids: ProfileIds) -> PreparedPrompt
     end_tokens = set(ids.end_tokens)
     last_end = max((i for i, token in enumerate(prompt) if token in end_tokens), default=-1)
     # Where the start delimiter's last piece carries the white space, its ids do not begin with the opening's.
-    for begin in range(len(prompt)):
+    for begin in range(after_user, len(prompt)):
         for delimiter in (ids.start, ids.opening):
             after = begin + len(delimiter)
             if prompt[begin:after] == delimiter and last_end < after:
                 thinking = prompt[after:]
                 return PreparedPrompt(prompt, len(thinking), bool(thinking) and bool(ids.ends_in_newline[thinking[-1]]))
     return PreparedPrompt(prompt + ids.start, 0, False)
+
+
+def num_opened(prompt_ids: Sequence[int], ids: ProfileIds) -> int:
+    """Thinking tokens of a prompt that was prepared, those after the last opening in it."""
+    prompt = tuple(prompt_ids)
+    for begin in reversed(range(len(prompt) if ids.profile.thinks else 0)):
+        if any(prompt[begin : begin + len(delimiter)] == delimiter for delimiter in (ids.start, ids.opening)):
+            return prepare_prompt(prompt, ids, begin).num_thinking_tokens
+    return 0

@@ -1,21 +1,33 @@
 """Prompts as a person writes them, made into requests: checked as a whole before anything is computed."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import takewhile
+from operator import eq
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
+from s1jax.chat_template import render_chat
 from s1jax.config import BudgetSection
 from s1jax.decoding.budget import ThinkingBudget, build_tables
 from s1jax.decoding.profiles import ProfileIds
 from s1jax.jsonl import Problem, read_jsonl
 from s1jax.paths import AnyPath
+from s1jax.tokenizer import encode, encode_all
 
 Messages = list[dict[str, str]]
 
 ROW_BUDGET_KEYS = ("max_thinking_tokens", "min_thinking_tokens", "num_ignore", "wait", "max_answer_tokens")
 _PROMPT_KEYS = ("prompt", "messages", "input_ids")
+
+
+class EncodedPrompt(NamedTuple):
+    """The ids of a prompt, and from which of them on it is not what a user has said."""
+
+    input_ids: list[int]
+    after_user: int = 0
+    """An opening of the thinking counts from here on: what the chat template or an assistant's last turn wrote."""
 
 
 @dataclass(frozen=True)
@@ -24,23 +36,45 @@ class Prompt:
 
     id: Any
     given: str | Messages | list[int]
-    input_ids: list[int]
+    encoded: EncodedPrompt
     budget: ThinkingBudget
 
 
 def encode_prompt(
     given: str | Messages | list[int], tokenizer: PreTrainedTokenizerBase, chat_template: bool
-) -> list[int]:
-    """The ids of a prompt: text (as the user's turn if `chat_template`), messages, or ids as they are."""
+) -> EncodedPrompt:
+    """The ids of a prompt: text (as the user's turn if `chat_template`), messages, or ids as they are.
+
+    Of text without a template and of ids all counts as the model's. Raises TemplateError, and ValueError for a text
+    that cannot be tokenised.
+    """
     messages: Any = given
     if isinstance(given, str):
         if not chat_template:
-            return list(tokenizer(given, add_special_tokens=False).input_ids)
+            return EncodedPrompt(encode(given, tokenizer))
         messages = [{"role": "user", "content": given}]
     elif not isinstance(given[0], dict):
-        return [int(i) for i in messages]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+        return EncodedPrompt([int(i) for i in messages])
+    text = render_chat(messages, tokenizer, add_generation_prompt=True)
+    encoding = encode_all([text], tokenizer, return_offsets_mapping=True)
+    tail = len(text) - _length_after_user(messages, text, tokenizer)
+    offsets = encoding["offset_mapping"][0]
+    after = next((i for i, (start, _) in enumerate(offsets) if start >= tail), len(offsets))
+    return EncodedPrompt(list(encoding["input_ids"][0]), after)
+
+
+def _length_after_user(messages: Messages, text: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The characters at the end of a rendered prompt that follow the last content which is not an assistant's.
+
+    They are those that stay when this content is replaced by a character that it does not end with.
+    """
+    last = max((i for i, message in enumerate(messages) if message["role"] != "assistant"), default=None)
+    if last is None:
+        return len(text)
+    other = next(mark for mark in "\ue000\ue001" if not messages[last]["content"].rstrip().endswith(mark))
+    changed = [*messages[:last], {**messages[last], "content": other}, *messages[last + 1 :]]
+    rendered = render_chat(changed, tokenizer, add_generation_prompt=True)
+    return sum(takewhile(bool, map(eq, reversed(text), reversed(rendered))))
 
 
 def thinking_budget(section: BudgetSection, max_total_tokens: int | None) -> ThinkingBudget:
@@ -70,8 +104,13 @@ def read_prompts(
     for line, row in source.rows:
         reasons: list[str] = []
         given = _given(row, reasons)
-        input_ids = encode_prompt(given, tokenizer, chat_template) if given else []
-        outside = [i for i in input_ids if not 0 <= i < len(profile.valid) or not profile.valid[i]]
+        encoded = EncodedPrompt([])
+        if given:
+            try:
+                encoded = encode_prompt(given, tokenizer, chat_template)
+            except ValueError as error:
+                reasons.append(str(error))
+        outside = [i for i in encoded.input_ids if not 0 <= i < len(profile.valid) or not profile.valid[i]]
         if outside:
             reasons.append(f"ids {outside[:5]} are not the tokenizer's")
         budget = _row_budget(row, default, profile, tokenizer, reasons)
@@ -81,7 +120,7 @@ def read_prompts(
             reasons.append(f"id {prompt_id!r} is that of line {first} too")
         problems += [Problem(line, reason) for reason in reasons]
         if not reasons and budget is not None:
-            prompts.append(Prompt(prompt_id, given, input_ids, budget))
+            prompts.append(Prompt(prompt_id, given, encoded, budget))
     if problems:
         raise source.error(problems)
     return prompts
@@ -90,7 +129,7 @@ def read_prompts(
 def _given(row: dict[str, Any], reasons: list[str]) -> Any:
     present = [key for key in _PROMPT_KEYS if row.get(key) is not None]
     if len(present) != 1:
-        found = f"found {' and '.join(present)}" if present else f"found {sorted(row) or 'an empty object'}"
+        found = f"found {' and '.join(present)}" if present else f"found {sorted(row) or 'an empty object'!s:.300}"
         reasons.append(f"expected one of prompt, messages and input_ids, {found}")
         return None
     kind: Any = {"prompt": str, "messages": Messages, "input_ids": list[int]}[present[0]]

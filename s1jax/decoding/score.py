@@ -25,7 +25,7 @@ from s1jax.model.token_logprobs import token_logprobs
 from s1jax.paths import AnyPath, any_path
 from s1jax.processes import together
 from s1jax.resume import keep_settings, settings_of
-from s1jax.tokenizer import load_tokenizer
+from s1jax.tokenizer import encode, load_tokenizer
 
 _BATCHES_PER_WINDOW = 16
 """Rows are sorted by length within a window of this many batches; a window is written when it is whole."""
@@ -35,7 +35,9 @@ _FREE_TO_CHANGE = ("input", "output", "batch_size", "mesh")
 
 
 @dataclass(frozen=True)
-class _Row:
+class ScoredRow:
+    """A row to be scored."""
+
     id: Any
     input_ids: list[int]
 
@@ -94,11 +96,11 @@ def score(config: ScoreConfig) -> None:
             pass
 
 
-def _rows(config: ScoreConfig) -> list[_Row]:
+def _rows(config: ScoreConfig) -> list[ScoredRow]:
     directory = resolve_model(config.model.path)
     architecture = QwenConfig.from_directory(directory)
     limit = config.max_length or architecture.max_position_embeddings
-    return _read_rows(any_path(config.input), load_tokenizer(directory), architecture.vocab_size, limit)
+    return read_rows(any_path(config.input), load_tokenizer(directory), architecture.vocab_size, limit)
 
 
 def score_rows(
@@ -158,7 +160,11 @@ def _bucket(length: int) -> int:
     return size * 3 // 4 if size > _SHORTEST_BUCKET and length <= size * 3 // 4 else size
 
 
-def _read_rows(path: AnyPath, tokenizer: PreTrainedTokenizerBase, vocab_size: int, limit: int) -> list[_Row]:
+def read_rows(path: AnyPath, tokenizer: PreTrainedTokenizerBase, vocab_size: int, limit: int) -> list[ScoredRow]:
+    """The rows of a JSONL file, each with `text` or `input_ids`, of at most `limit` ids.
+
+    Raises InputError listing every line that cannot be used.
+    """
     source = read_jsonl(path)
     problems = list(source.problems)
     rows = []
@@ -168,7 +174,11 @@ def _read_rows(path: AnyPath, tokenizer: PreTrainedTokenizerBase, vocab_size: in
         first = lines_by_id.setdefault(repr(row_id), line)
         input_ids = row.get("input_ids")
         if isinstance(row.get("text"), str) and input_ids is None:
-            input_ids = tokenizer(row["text"]).input_ids
+            try:
+                input_ids = encode(row["text"], tokenizer, add_special_tokens=True)
+            except ValueError as error:
+                problems.append(Problem(line, f"text: {error}"))
+                continue
         if not isinstance(input_ids, list) or any(type(i) is not int for i in input_ids):
             problems.append(Problem(line, "expected text (a string) or input_ids (a list of integers)"))
         elif not input_ids:
@@ -182,7 +192,7 @@ def _read_rows(path: AnyPath, tokenizer: PreTrainedTokenizerBase, vocab_size: in
         elif first != line:
             problems.append(Problem(line, f"id {row_id!r} is that of line {first} too"))
         else:
-            rows.append(_Row(row_id, input_ids))
+            rows.append(ScoredRow(row_id, input_ids))
     if problems:
         raise source.error(problems)
     return rows

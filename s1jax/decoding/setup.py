@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from s1jax.config import EvaluateConfig, GenerateConfig, SamplingSection
 from s1jax.decoding.generate import Generator, Request, problem_of
-from s1jax.decoding.profiles import ProfileIds, load_profile, tokenize_profile
+from s1jax.decoding.profiles import ProfileIds, load_profile, profile_of_model
 from s1jax.decoding.sampling import Sampling
 from s1jax.jsonl import LISTED_PROBLEMS, InputError
 from s1jax.model.config import QwenConfig
@@ -34,7 +34,8 @@ def prepare(config: GenerateConfig | EvaluateConfig) -> Setup:
     tokenizer = load_tokenizer(directory)
     model_config = QwenConfig.from_directory(directory)
     check_sizes(directory, model_config)
-    profile = tokenize_profile(load_profile(config.budget.profile), tokenizer, model_config.vocab_size)
+    delimiters = load_profile(config.budget.profile)
+    profile = profile_of_model(delimiters, tokenizer, directory, model_config.vocab_size)
     return Setup(tokenizer, profile, model_config.max_position_embeddings, sampling_of(config.sampling))
 
 

@@ -65,8 +65,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
 
     @cache
     def prompt(index: int, instruction: str) -> PreparedPrompt:
-        input_ids = encode_prompt(questions[index].text + instruction, setup.tokenizer, config.chat_template)
-        return prepare_prompt(input_ids, setup.profile)
+        question = questions[index]
+        try:
+            encoded = encode_prompt(question.text + instruction, setup.tokenizer, config.chat_template)
+        except ValueError as error:
+            raise InputError(f"{question.task} {question.id}: {error}") from None
+        return prepare_prompt(encoded.input_ids, setup.profile, encoded.after_user)
 
     def jobs(done: dict[_Key, Line], takes: Callable[[int], bool] = lambda number: True) -> list[_Job]:
         """What is to be generated next: all that is missing, of rejected samples one more try each.

@@ -17,16 +17,18 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import maybe_truncate, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from s1jax.chat_template import render_chat
 from s1jax.command import errors_end_all
 from s1jax.compilation_cache import keep_compilations
 from s1jax.config import MeshSection, ModelSection
 from s1jax.decoding.budget import ThinkingBudget
 from s1jax.decoding.generate import Finished, Generator, Request
-from s1jax.decoding.profiles import load_profile, prepare_prompt, tokenize_profile
+from s1jax.decoding.profiles import load_profile, prepare_prompt, profile_of_model
 from s1jax.decoding.sampling import Sampling
 from s1jax.decoding.score import score_rows
 from s1jax.model.load import load_model
 from s1jax.processes import same_everywhere, start_processes
+from s1jax.tokenizer import encode
 
 _MAX_ANSWER_TOKENS = 1024
 """Of what `max_gen_toks` allows, at most so many tokens are kept for the answer after the thinking."""
@@ -100,9 +102,11 @@ class S1jaxLM(TemplateLM):
             os.environ["LOCAL_RANK"] = str(processes.index)
         self._loaded = load_model(section, mesh)
         self.tokenizer, config = self._loaded.tokenizer, self._loaded.model.config
+        # What ends a text is the model's own where it does not think, too.
+        plain = replace(load_profile("none"), eos=delimiters.eos)
         self._profiles = {
-            False: tokenize_profile(load_profile("none"), self.tokenizer, config.vocab_size),
-            True: tokenize_profile(delimiters, self.tokenizer, config.vocab_size),
+            thinks: profile_of_model(own, self.tokenizer, self._loaded.directory, config.vocab_size)
+            for thinks, own in ((False, plain), (True, delimiters))
         }
         self._batch_size, self._seed = int(batch_size), seed
         self._max_length = min(max_length or config.max_position_embeddings, config.max_position_embeddings)
@@ -119,17 +123,15 @@ class S1jaxLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """The ids of a text; Qwen's tokenizers put none around it."""
-        return list(self.tokenizer(string, add_special_tokens=bool(add_special_tokens)).input_ids)
+        return encode(string, self.tokenizer, add_special_tokens=bool(add_special_tokens))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Messages as the text of a prompt, or, without a generation prompt, to be continued in the last one."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
+        return render_chat(
+            chat_history,
+            self.tokenizer,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
         )
 
     def _loglikelihood_tokens(

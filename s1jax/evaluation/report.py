@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
-from s1jax.decoding.profiles import ProfileIds, prepare_prompt
+from s1jax.decoding.profiles import ProfileIds, num_opened
 from s1jax.evaluation.charts import accuracy_chart, as_svg, length_chart, wait_chart
 from s1jax.evaluation.summary import Line
 from s1jax.paths import AnyPath, write_whole
@@ -122,7 +122,7 @@ def _methods_table(task: str, figures: dict[str, Any]) -> str:
 
 def _transcript(line: Line, tokenizer: PreTrainedTokenizerBase, profile: ProfileIds) -> dict[str, Any]:
     """What the page shows of an answer: its parts, each with its kind (thinking, wait, end, answer)."""
-    before = prepare_prompt(line["prompt_ids"], profile).num_thinking_tokens
+    before = num_opened(line["prompt_ids"], profile)
     thought = line["num_thinking_tokens"] - before if profile.profile.thinks else 0
     answered = False
     parts: list[tuple[str, list[int]]] = []

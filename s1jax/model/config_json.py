@@ -30,6 +30,23 @@ def read_config_json(directory: AnyPath) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a model directory holds a config.json")
+    return _read_object(path)
+
+
+def read_eos_ids(directory: AnyPath) -> tuple[int, ...]:
+    """The ids that end a text by `directory`/generation_config.json; none if there is no such file or key.
+
+    Raises UnsupportedConfigError naming the file.
+    """
+    path = directory / "generation_config.json"
+    found = _read_object(path).get("eos_token_id") if path.is_file() else None
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if any(type(i) is not int or not 0 <= i <= _MOST for i in ids):
+        raise UnsupportedConfigError(str(path), [f"eos_token_id: expected ids, found {found!r:.60}"])
+    return tuple(ids)
+
+
+def _read_object(path: AnyPath) -> dict[str, Any]:
     try:
         hf = parse_json(path.read_bytes())
     except ValueError as error:

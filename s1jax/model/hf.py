@@ -264,7 +264,7 @@ def _check(directory: AnyPath, model: Qwen) -> dict[str, StoredTensor]:
     if model.config.tie_word_embeddings:
         ignored.add(_HEAD)  # Some tied checkpoints carry the copy.
     problems += [f"missing tensor {name}" for name in wanted if name not in found]
-    problems += [f"unexpected tensor {name}" for name in sorted(set(found) - set(wanted) - ignored)]
+    problems += [f"unexpected tensor {name:.200}" for name in sorted(set(found) - set(wanted) - ignored)]
     for name, shape in wanted.items():
         if name not in found:
             continue
@@ -272,7 +272,7 @@ def _check(directory: AnyPath, model: Qwen) -> dict[str, StoredTensor]:
         if stored.shape != shape:
             problems.append(f"{name} has shape {list(stored.shape)}, config.json implies {list(shape)}")
         if stored.dtype not in DTYPES:
-            problems.append(f"{name} is stored as {stored.dtype}; expected one of {', '.join(sorted(DTYPES))}")
+            problems.append(f"{name} is stored as {stored.dtype:.40}; expected one of {', '.join(sorted(DTYPES))}")
     if not problems and _HEAD in found and _HEAD in ignored and not _same(found[_HEAD], found[_EMBEDDING]):
         problems.append(
             f"{_HEAD} differs from {_EMBEDDING}, though config.json has tie_word_embeddings true: "
@@ -318,9 +318,12 @@ def _find(directory: AnyPath) -> dict[str, StoredTensor]:
         except OSError as error:
             problems.append(f"{path.name}: cannot be read ({error})")
             continue
+        problems += [
+            f"{path.name}: holds {name:.100}, as {found[name].path.name} does" for name in names if name in found
+        ]
         found.update(names)
         problems += [
-            f"{path.name}: the index places {name} here, but it is not" for name in sorted(expected - names.keys())
+            f"{path.name}: the index places {name:.100} here, but it is not" for name in sorted(expected - names.keys())
         ]
     if problems:
         raise CheckpointError(directory, problems)
@@ -355,7 +358,7 @@ def _weight_files(directory: AnyPath, problems: list[str]) -> list[tuple[AnyPath
             return []
         by_file.setdefault(file, set()).add(name)
     outside = sorted(file for file in by_file if file.startswith("/") or ".." in PurePosixPath(file).parts)
-    problems += [f"{INDEX_FILE}: names {file}, outside the directory" for file in outside]
+    problems += [f"{INDEX_FILE}: names {file:.100}, outside the directory" for file in outside]
     return [(directory / file, names) for file, names in sorted(by_file.items()) if file not in outside]
 
 

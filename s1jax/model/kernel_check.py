@@ -19,6 +19,7 @@ from s1jax.config import Implementation
 from s1jax.model.attention import KERNELS, attention, choose
 from s1jax.model.qwen import Qwen
 from s1jax.paths import write_whole
+from s1jax.strict_json import parse_json
 
 TOLERANCES = {"bfloat16": 2e-2, "float16": 5e-3, "float32": 1e-4}
 """How far a kernel may be from plain attention in float32, by the dtype that it is given; about five times what
@@ -115,7 +116,7 @@ def _error(model: Qwen, name: Implementation, gradients: bool) -> float:
     key = repr((name, tuple(sizes), dtype, gradients, KERNELS[name].__qualname__, device.device_kind, *versions))
     path = user_cache().parent / "kernels.json"
     try:
-        known = dict(json.loads(path.read_text(encoding="utf-8")))
+        known = dict(parse_json(path.read_bytes()))
     except (OSError, ValueError, TypeError):
         known = {}
     if not isinstance(known.get(key), float):

@@ -7,17 +7,23 @@ A file is 8 bytes with the length of its header, the header in JSON, and the byt
 import json
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from s1jax.paths import AnyPath, BucketPath, file_size, read_range
+from s1jax.strict_json import parse_json
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 """Of the tensors that are read and written here, by the names that safetensors has for them."""
 _HEADER_BYTES = 2**17
 """What is read of a file at first: most headers are shorter."""
+_MOST_HEADER_BYTES = 100_000_000
+"""As in the format's own library."""
+_MOST_BYTES = 2**60
+"""Of a tensor, and of each of its dimensions: what is more is no size."""
+_MOST_DIMENSIONS = 32
 
 
 class CheckpointError(ValueError):
@@ -67,35 +73,47 @@ def read_header(path: AnyPath) -> dict[str, StoredTensor]:
     first = bytearray(min(size, _HEADER_BYTES))
     read_range(path, 0, memoryview(first))
     length = int.from_bytes(first[:8], "little")
-    if size < 8 or 8 + length > size:
+    if size < 8 or 8 + length > size or length > _MOST_HEADER_BYTES:
         raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
     if 8 + length > len(first):
         rest = bytearray(8 + length - len(first))
         read_range(path, len(first), memoryview(rest))
         first += rest
-    header = json.loads(bytes(first[8 : 8 + length]))
-    try:
-        tensors = {}
-        for name, entry in header.items():
-            if name != "__metadata__":
-                start, stop = entry["data_offsets"]
-                tensors[name] = StoredTensor(
-                    path, 8 + length + start, 8 + length + stop, tuple(entry["shape"]), entry["dtype"]
-                )
-        last = max((tensor.stop for tensor in tensors.values()), default=8 + length)
-        sizes = {
-            name: math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
-            for name, tensor in tensors.items()
-            if tensor.dtype in DTYPES
-        }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"a header that does not describe tensors: {error!r}") from None
-    if last != size:
-        raise ValueError(f"{size:,} bytes, {last:,} by its header")
-    for name, nbytes in sizes.items():
-        if nbytes != tensors[name].stop - tensors[name].start:
-            raise ValueError(f"{name}: {tensors[name].stop - tensors[name].start:,} bytes, {nbytes:,} by its shape")
+    header = parse_json(bytes(first[8 : 8 + length]))
+    if not isinstance(header, dict):
+        raise ValueError(f"a header that does not describe tensors: {header!r:.40}")
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"a header with the __metadata__ {metadata!r:.40}, expected texts by name")
+    tensors = {name: _stored(path, 8 + length, name, entry) for name, entry in header.items() if name != "__metadata__"}
+    end = 8 + length
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if tensor.start != end:
+            raise ValueError(f"{name:.100}: begins at byte {tensor.start:,}, what is before it ends at {end:,}")
+        end = tensor.stop
+    if end != size:
+        raise ValueError(f"{size:,} bytes, {end:,} by its header")
     return tensors
+
+
+def _stored(path: AnyPath, begin: int, name: str, entry: Any) -> StoredTensor:
+    """What a header says of a tensor of a file whose tensors begin at this byte."""
+    entry = entry if isinstance(entry, dict) else {}
+    shape, offsets, dtype = (entry.get(key) for key in ("shape", "data_offsets", "dtype"))
+    if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2 and isinstance(dtype, str)):
+        raise ValueError(f"a header that does not describe tensors: {name:.100} has {entry!r:.100}")
+    start, stop = offsets
+    # Of a dtype that is not read here, the sizes are not known.
+    nbytes = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else max(0, stop - start)
+    if nbytes != stop - start:
+        raise ValueError(f"{name:.100}: {stop - start:,} bytes, {nbytes:,} by its shape")
+    return StoredTensor(path, begin + start, begin + stop, tuple(shape), dtype)
+
+
+def _are_sizes(values: Any) -> bool:
+    if not isinstance(values, list) or len(values) > _MOST_DIMENSIONS:
+        return False
+    return all(type(value) is int and 0 <= value < _MOST_BYTES for value in values)
 
 
 def make_file(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> tuple[bytearray, dict[str, np.ndarray]]:

@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from s1jax.paths import AnyPath, BucketPath, any_path, write_whole
+from s1jax.strict_json import parse_json
 
 ITEM = "default"
 """What orbax calls the directory of a step's only item."""
@@ -102,7 +103,7 @@ def damage(directory: AnyPath) -> list[str]:
     while number <= count:
         manifest = _manifest(directory, number)
         try:
-            content = json.loads(manifest.read_text(encoding="utf-8"))
+            content = _unsealed(manifest.read_bytes())
             count, more = content["processes"] - 1, dict(content["files"])
         except FileNotFoundError:
             return [f"{manifest.name} is gone"]
@@ -183,7 +184,20 @@ def _write(directory: AnyPath, grids: dict[str, _Grid], shards: list[_Shard], lo
     if missing := [name for name in rest if name not in digests]:
         raise FileNotFoundError(f"{directory}: {missing[0]} has been written, and is not there")
     manifest = {"processes": jax.process_count(), "files": digests}
-    write_whole(_manifest(directory, jax.process_index()), json.dumps(manifest))
+    write_whole(_manifest(directory, jax.process_index()), json.dumps(_sealed(manifest)))
+
+
+def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with a digest of itself: one that has lost an entry would let a damaged file pass."""
+    return {**manifest, "digest": hashlib.sha256(json.dumps(manifest).encode()).hexdigest()}
+
+
+def _unsealed(content: bytes) -> dict[str, Any]:
+    """The manifest in a file. Raises ValueError if it is not what was written."""
+    manifest = parse_json(content)
+    if not isinstance(manifest, dict) or manifest != _sealed({k: v for k, v in manifest.items() if k != "digest"}):
+        raise ValueError("not the manifest that was written")
+    return manifest
 
 
 def _read(directory: AnyPath, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -227,7 +241,7 @@ def _digests(directory: AnyPath, names: Sequence[str]) -> dict[str, str]:
         try:
             with (directory / name).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

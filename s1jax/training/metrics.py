@@ -33,7 +33,7 @@ class MetricsFile:
 
     def __init__(self, path: AnyPath, first_step: int):
         """Keep the lines of an earlier run up to `first_step`."""
-        kept = {row["step"]: row for row in written_rows(path) if row["step"] <= first_step}
+        kept = {row["step"]: row for row in written_rows(path, step=int) if row["step"] <= first_step}
         replace_rows(path, kept.values())
         self._path, self._writer = path, RowWriter(path)
 

@@ -11,6 +11,7 @@ from s1jax.config import TrainConfig
 from s1jax.config_reader import to_dict
 from s1jax.locks import exclusive_directory
 from s1jax.paths import AnyPath, write_whole
+from s1jax.strict_json import parse_json
 
 
 class RunError(RuntimeError):
@@ -48,18 +49,29 @@ def check_config(directory: AnyPath, config: TrainConfig, fingerprint: str) -> N
     path = directory / "config.json"
     current = {**settings(config), "data fingerprint": fingerprint}
     if path.is_file():
-        started = json.loads(path.read_text(encoding="utf-8"))
+        started = _started_with(path)
         changed = [key for key in sorted({*started, *current}) if started.get(key) != current.get(key)]
         for key in changed:
-            print(f"changed since the run was started: {key}: {started.get(key)} -> {current.get(key)}", flush=True)
+            before, now = (f"{values.get(key)!s:.200}" for values in (started, current))
+            print(f"changed since the run was started: {key:.100}: {before} -> {now}", flush=True)
         harmful = [key for key in changed if not key.startswith(_HARMLESS)]
         if harmful and not config.training.force:
             raise RunError(
-                f"{directory}: {', '.join(harmful)} changed, which would change the training: "
+                f"{directory}: {', '.join(harmful):.500} changed, which would change the training: "
                 "undo that, use another training.output_dir, or set training.force=true to go on all the same"
             )
     if jax.process_index() == 0:
         write_whole(path, json.dumps(current, indent=2) + "\n")
+
+
+def _started_with(path: AnyPath) -> dict[str, Any]:
+    try:
+        started = parse_json(path.read_bytes(), allow_nan=True)
+    except ValueError as error:
+        raise RunError(f"{path}: {error}: use another training.output_dir") from None
+    if not isinstance(started, dict):
+        raise RunError(f"{path}: expected an object, found {started!r:.40}: use another training.output_dir")
+    return started
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:

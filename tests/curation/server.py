@@ -38,6 +38,8 @@ class Server(ThreadingHTTPServer):
         self.faults: dict[str, list[str]] = {}
         self.key: str | None = None
         """The only one that is let in; None: any."""
+        self.location: str | None = None
+        """Where answers with a status of 3xx redirect to."""
         self.echo = False
         """Repeat the Authorization header in all bodies and in a header."""
         self.usage = True
@@ -148,6 +150,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         if self.server.echo:
             self.send_header("x-request-id", self._echoed())
+        if self.server.location:
+            self.send_header("Location", self.server.location)
         if fault == "429":
             self.send_header("Retry-After", self.server.retry_after)
         elif fault == "429 date":

@@ -155,7 +155,9 @@ def test_a_journal_of_something_else_is_refused(tmp_path: Path) -> None:
             distill(teacher(server, model="another"), output)
         journal = output / "responses.jsonl"
         journal.write_bytes(b"not JSON\n" + journal.read_bytes())
-        with pytest.raises(InputError, match=r"responses.jsonl: line 1: it was not written by this command"):
+        with pytest.raises(
+            InputError, match=r"responses.jsonl: line 1: it is no object in JSON: it was not written by this command"
+        ):
             distill(teacher(server), output)
 
 
@@ -209,6 +211,17 @@ def test_an_error_that_nothing_gets_past_stops_the_run(fault: str, tmp_path: Pat
         server.faults = {}
         assert distill(teacher(server), output) == {"done": 8, "failed": 0, "unasked": 0}
         assert all(server.answered[name] == 1 for name in NAMES)
+
+
+@pytest.mark.parametrize("status", ["301", "302", "303", "307", "308"])
+def test_a_redirect_is_not_followed(status: str, tmp_path: Path) -> None:
+    write_questions(tmp_path, NAMES)
+    with serving() as other, serving({name: [status] for name in NAMES}) as server:
+        server.location = f"{other.url}/chat/completions"
+        with pytest.raises(EndpointError, match=f"it redirects to {other.url}/chat/completions: is base_url wrong"):
+            distill(teacher(server), tmp_path)
+        assert not other.bodies
+    assert not rows(tmp_path / "traces.jsonl")
 
 
 def test_an_expired_key_is_told_in_one_line_and_a_new_one_goes_on(

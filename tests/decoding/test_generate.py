@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import s1jax
 from s1jax.decoding import loop
 from s1jax.decoding.budget import ThinkingBudget
 from s1jax.decoding.generate import STEPS_PER_CHUNK, Finished, Generation, Generator, Request, problem_of
@@ -264,3 +266,27 @@ def test_every_bad_prompt_is_listed_before_anything_is_computed(directory: Path,
     both = run(directory, "prompt=a", f"prompts={prompts}")
     assert both.returncode == 1
     assert "either prompts" in both.stderr
+
+
+def test_what_generation_config_ends_texts_with_ends_them(loaded: LoadedModel, tmp_path: Path) -> None:
+    shutil.copytree(loaded.directory, tmp_path / "model")
+    copy, settings = replace(loaded, directory=tmp_path / "model"), tmp_path / "model" / "generation_config.json"
+    budget = ThinkingBudget(max_answer_tokens=12)
+
+    def answer(profile: str = "none") -> list[int]:
+        return s1jax.generate(copy, ["How many apples?"], budget, profile=profile)[0].output_ids
+
+    settings.unlink()
+    before = answer()
+    further = before[-1]
+    settings.write_text(json.dumps({"eos_token_id": [364, further]}))
+    assert answer() == before[: before.index(further)]
+    settings.write_text(json.dumps({"eos_token_id": further}))
+    assert answer() == before[: before.index(further)]
+    for eos in ("364", [1, None], -1, True, {}):
+        settings.write_text(json.dumps({"eos_token_id": eos}))
+        with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id: expected ids, found "):
+            answer()
+    settings.write_text("[" * 10_000)
+    with pytest.raises(ValueError, match=r"generation_config\.json: not usable JSON: it is nested too deeply"):
+        answer()

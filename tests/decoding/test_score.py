@@ -163,5 +163,5 @@ def test_another_runs_output_is_refused_and_an_empty_input_gives_an_empty_output
     target.write_text('{"id": "other"}\n')
     result = run(directory, source, target)
     assert result.returncode == 1
-    assert "another run wrote it" in result.stderr
+    assert "it has id 'other', which is not that row" in result.stderr
     assert target.read_text() == '{"id": "other"}\n'

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +102,23 @@ def test_s1s_arguments_force_the_budget(
 def test_arguments_that_cannot_be_kept_are_refused(lm: S1jaxLM, gen_kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lm.generate_until(requests("generate_until", [("What?", {"until": [], **gen_kwargs})]))
+
+
+def test_a_distilled_models_tokenizer_is_taken(directory: Path, tmp_path: Path) -> None:
+    """It has none of Qwen's eos, as DeepSeek's distilled models."""
+    copy = tmp_path / "model"
+    shutil.copytree(directory, copy)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (copy / name).read_text(encoding="utf-8").replace("<|endoftext|>", "<|pad|>")
+        (copy / name).write_text(text.replace("<|im_end|>", "<｜end▁of▁sentence｜>"), encoding="utf-8")
+    distilled = S1jaxLM(pretrained=str(copy), batch_size="2", profile="deepseek-r1")
+    thinking = {"max_tokens_thinking": 5, "max_gen_toks": 60}
+    batch = [("How many?", {"until": [], "max_gen_toks": 8}), ("How many?", {"until": [], **thinking})]
+    plain, answer = distilled.generate_until(requests("generate_until", batch))
+    assert plain
+    assert answer is not None
+    with pytest.raises(ValueError, match=re.escape("does not fit the tokenizer")):
+        S1jaxLM(pretrained=str(copy), batch_size="2")
 
 
 @pytest.mark.slow

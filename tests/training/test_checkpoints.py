@@ -1,5 +1,6 @@
 """Checkpoints themselves, on a disk and in both stores: what comes back, on which mesh, and what damage does."""
 
+import json
 from collections.abc import Callable
 
 import jax
@@ -106,6 +107,16 @@ def remove(path: AnyPath) -> None:
     path.unlink()
 
 
+def nest(path: AnyPath) -> None:
+    write_whole(path, "[" * 100_000)
+
+
+def lose_entry(path: AnyPath) -> None:
+    manifest = json.loads(path.read_bytes())
+    del manifest["files"]["step/c"]
+    write_whole(path, json.dumps(manifest))
+
+
 @pytest.mark.parametrize(
     ("file", "damage", "said"),
     [
@@ -116,6 +127,8 @@ def remove(path: AnyPath) -> None:
         ("loader.json", flip, "loader.json has changed"),
         ("manifest.0.json", cut, "manifest.0.json has changed"),
         ("manifest.0.json", remove, "manifest.0.json is gone"),
+        ("manifest.0.json", nest, "manifest.0.json has changed"),
+        ("manifest.0.json", lose_entry, "manifest.0.json has changed"),
     ],
 )
 def test_what_is_damaged_is_named_and_set_aside(
