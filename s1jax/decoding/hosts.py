@@ -171,6 +171,7 @@ class SharedOutput:
                 try:
                     merging.enter_context(exclusive(self.path.with_name(f".{self.path.name}.merge.lock"), self.path))
                 except InUseError:
+                    self._beats.clear()
                     yield False
                     return
             self._lock.check()
@@ -202,10 +203,11 @@ class _Beats:
         """No more signs of life are to be expected of this process, and none are missed."""
         if self._thread.is_alive():
             self.__exit__()
-            write_whole(self._directory / str(self._processes.index), _FINISHED)
+            with contextlib.suppress(OSError):  # Of processes that are all through, another may clear at this moment.
+                write_whole(self._directory / str(self._processes.index), _FINISHED)
 
     def clear(self) -> None:
-        """All processes are through."""
+        """All rows are written. Each that finds it so clears after its own last sign, so that none is left."""
         remove_tree(self._directory)
 
     def _beat(self, count: int) -> None:

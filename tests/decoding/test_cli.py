@@ -43,12 +43,13 @@ def test_python_and_the_command_line_give_the_same(directory: Path, loaded: Load
     from_python = generate(loaded, QUESTIONS, budgets, logprobs=True)
     by_id = {row["id"]: row for row in results(output)}
     assert sorted(by_id, key=str) == [0, 1, "third"]
-    for row, key, expected in zip(rows, [0, 1, "third"], from_python, strict=True):
+    for row, key, budget, expected in zip(rows, [0, 1, "third"], budgets, from_python, strict=True):
         line = by_id[key]
         assert line.pop("logprobs") == pytest.approx(expected.logprobs, abs=1e-4)
         assert line == {
             "id": key,
             "prompt": row.get("prompt", row.get("messages")),
+            "budget": json.loads(json.dumps(asdict(budget))),
             **{name: value for name, value in asdict(expected).items() if name != "logprobs"},
         }
     assert by_id[1]["answer"].startswith("\nFinal Answer:")
