@@ -162,10 +162,13 @@ def template_file(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(separate if separate.is_file() else directory / _SETTINGS_FILE)
 
 
-def check_vocabulary(vocabulary: Mapping[str, int], vocab_size: int) -> None:
-    """Raise ValueError if a tokenizer's vocabulary has ids for which a model with so many has no embedding."""
-    last = max(vocabulary.values())
+def checked_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[str, int]:
+    """The ids by token. Raises ValueError if a model with so many has no embedding for one of them."""
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    last = max(vocabulary.values(), default=-1)
     if last >= vocab_size:
         raise ValueError(
-            f"the tokenizer has ids up to {last}, the model's vocabulary only {vocab_size}: they do not belong together"
+            f"the tokenizer of {tokenizer.name_or_path} has ids up to {last}, the model's vocabulary only "
+            f"{vocab_size}: they do not belong together"
         )
+    return vocabulary

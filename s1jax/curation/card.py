@@ -4,10 +4,10 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from matplotlib.figure import Figure
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from s1jax.evaluation.charts import as_svg
 from s1jax.jsonl import InputError
@@ -16,14 +16,19 @@ from s1jax.paths import AnyPath, write_whole
 STAGES = ("collect", "distill", "attempt", "grade", "filter", "domains", "select", "format")
 """In the order in which they are run."""
 
+_MOST = 2**53
+"""A figure beyond it is damage: up to here a float holds every integer."""
+_Count = Annotated[int, Field(ge=0, le=_MOST)]
+_Figure = Annotated[int | float, Field(ge=-_MOST, le=_MOST)]
+
 
 @dataclass(frozen=True)
 class Entry:
     """What a stage adds to the card."""
 
-    funnel: list[tuple[str, int]] = field(default_factory=list)
+    funnel: list[tuple[str, _Count]] = field(default_factory=list)
     """What was left, and how many questions, step by step."""
-    tables: dict[str, Mapping[str, int | float]] = field(default_factory=dict)
+    tables: dict[str, Mapping[str, _Figure]] = field(default_factory=dict)
     """Further figures by title."""
 
 
@@ -75,7 +80,7 @@ def _chart(funnel: list[tuple[str, int]]) -> Figure:
     labels, counts = zip(*funnel, strict=True)
     bars = axes.barh(range(len(funnel)), counts, color="tab:blue")
     axes.bar_label(bars, [f"{count:,}" for count in counts], padding=3)
-    axes.set_yticks(range(len(funnel)), labels)
+    axes.set_yticks(range(len(funnel)), labels, parse_math=False)
     axes.invert_yaxis()
     axes.set_xlim(right=1.12 * max(*counts, 1))
     axes.set_xlabel("questions")

@@ -34,6 +34,7 @@ def _finite(model: Qwen, params: Params, input_ids: Int[Array, "one length"]) ->
     """Whether all numbers are finite in the embeddings, behind each layer, and in the scores."""
     states = model.between_layers(params, input_ids, jnp.arange(input_ids.shape[1])[None])
     hidden, _ = model.hidden_states(params, input_ids, jnp.arange(input_ids.shape[1])[None])
-    # A few positions at a time: scores of all of them at once may have no room.
-    scores = jax.lax.map(lambda x: jnp.isfinite(model.logits(params, x)).all(), hidden[0], batch_size=64)
+    # A few positions at a time, the last ones filled up with zeros: scores of all at once may have no room.
+    chunks = jnp.pad(hidden[0], ((0, -hidden.shape[1] % 64), (0, 0))).reshape(-1, 64, hidden.shape[2])
+    scores = jax.lax.map(lambda chunk: jnp.isfinite(model.logits(params, chunk)).all(), chunks)
     return jnp.stack([*(jnp.isfinite(x).all() for x in states), scores.all()])

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from s1jax.model.config_json import read_eos_ids
 from s1jax.paths import AnyPath, any_path
 from s1jax.plain_yaml import read_yaml
-from s1jax.tokenizer import check_vocabulary, decode, encode
+from s1jax.tokenizer import checked_vocabulary, decode, encode
 
 
 @dataclass(frozen=True)
@@ -193,8 +193,7 @@ def tokenize_profile(profile: DelimiterProfile, tokenizer: PreTrainedTokenizerBa
     Raises ValueError when the tokenizer has ids that the model has not, or, with every problem, when an end token or
     eos is not exactly one id, or a text has pieces that the tokenizer does not know.
     """
-    vocabulary = tokenizer.get_vocab()
-    check_vocabulary(vocabulary, vocab_size)
+    vocabulary = checked_vocabulary(tokenizer, vocab_size)
     known = sorted(vocabulary.values())
     problems: list[str] = []
 

@@ -29,7 +29,7 @@ from s1jax.model.load import build_model
 from s1jax.model.qwen import Params, Qwen
 from s1jax.paths import AnyPath, any_path, free_bytes
 from s1jax.processes import agree_each, same_everywhere, see_same_directory, start_processes, together
-from s1jax.tokenizer import check_vocabulary, load_tokenizer
+from s1jax.tokenizer import checked_vocabulary, load_tokenizer
 from s1jax.training.checkpoint import Cadence, Checkpoints
 from s1jax.training.metrics import Tracker, check_trackers, open_trackers, save_provenance
 from s1jax.training.run_directory import RunError, check_config, exclusive, settings
@@ -121,7 +121,7 @@ class _Run:
         self.model = checked(training_model(config, QwenConfig.from_directory(self.source)), gradients=True)
         self.model.abstract_params(self.mesh)  # Refuses a mesh that does not fit before the data is read.
         tokenizer = load_tokenizer(self.source)
-        check_vocabulary(tokenizer.get_vocab(), self.model.config.vocab_size)
+        checked_vocabulary(tokenizer, self.model.config.vocab_size)
         self.pad_id = tokenizer.convert_tokens_to_ids(PAD_TOKEN) or 0
         block_size, overlong = config.data.block_size, config.data.overlong
         dataset = load_examples(config.data.path, tokenizer, block_size=block_size, overlong=overlong)

@@ -1,8 +1,10 @@
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import pytest
 from matplotlib.image import imread
 
+from s1jax.curation.card import Entry, add_to_card
 from tests.curation.stages import card, question, read_rows, run_stage, trace, write_rows
 
 
@@ -55,9 +57,26 @@ def test_a_stage_run_again_takes_the_later_ones_off(tmp_path: Path) -> None:
     assert "| select |" not in (run / "card.md").read_text(encoding="utf-8")
 
 
-def test_a_card_that_is_none_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        '{"collect": {"funnel": [["all", 1' + 400 * "0" + "]]}}",
+        '{"collect": {"funnel": [["all", -1]]}}',
+        '{"collect": {"funnel": [["all", true]]}}',
+        '{"collect": {"tables": {"more": {"a": NaN}}}}',
+    ],
+)
+def test_a_card_that_is_none_is_named(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     write_rows(run / "questions.jsonl", [question("a")])
     write_rows(run / "traces.jsonl", [trace("a")])
-    (run / "card.json").write_text("{")
+    (run / "card.json").write_text(text)
     assert run_stage("filter", run) == 1
+    assert f"{run / 'card.json'}: " in capsys.readouterr().err
+
+
+def test_a_label_is_drawn_as_it_is_written(tmp_path: Path) -> None:
+    label = r"$\no mathematics$"
+    add_to_card(tmp_path, "collect", Entry(funnel=[(label, 1)]), {})
+    assert label in " ".join(ElementTree.parse(tmp_path / "card.svg").getroot().itertext())

@@ -117,7 +117,7 @@ def test_what_does_not_fit_the_model_is_refused_by_name(directory: Path, tmp_pat
     small = model_directory(tmp_path / "small", {**CONFIG, "vocab_size": 360})
     wrong = run(small, "prompt=a")
     assert wrong.returncode == 1
-    assert "the tokenizer has ids up to 367, the model's vocabulary only 360" in wrong.stderr
+    assert f"the tokenizer of {small} has ids up to 367, the model's vocabulary only 360" in wrong.stderr
     negative = run(directory, "prompt=a", "budget.num_ignore=-1", "budget.max_thinking_token=3")
     assert negative.returncode == 2
     assert "budget.num_ignore" in negative.stderr

@@ -71,7 +71,8 @@ def test_every_run_answers_every_question_within_its_budget(evaluated: Path) -> 
         bound = re.fullmatch(r"(?:at most|rejected over) (\d+)", line["run"])
         if bound:
             assert line["num_thinking_tokens"] <= int(bound[1])
-        assert line["verdict"] in ("right", "wrong")
+        # A random model may write what nobody can grade; then the line says why.
+        assert line["verdict"] in ("right", "wrong") or (line["verdict"] == "ungraded" and line["reason"])
         assert line["num_waits"] <= (2 if line["run"] == "2 x 'Wait'" else 0)
     both = {"at most 0", "at most 4", "at most 16", "unlimited", "2 x 'Wait'", "told 1 steps"}
     assert {name: counts[name] for name in both} == dict.fromkeys(both, 24)

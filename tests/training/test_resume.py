@@ -15,6 +15,7 @@ from s1jax.training.checkpoint import DamagedCheckpointsError
 from s1jax.training.loop import train
 from s1jax.training.run_directory import RunError
 from tests.processes import wait_until
+from tests.tiny import QWEN2, model_directory
 from tests.training.conftest import Command, largest_file, metrics, run, start
 
 WEIGHTS = "model/model.safetensors"
@@ -152,6 +153,12 @@ def test_a_bad_row_ends_train_py_before_it_starts(command: Command, tmp_path: Pa
     assert "line 1: field 'attempt'" in text
     assert "line 2: not JSON" in text
     assert "Traceback" not in text
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_ends_it_before_it_starts(command: Command, tmp_path: Path) -> None:
+    small = model_directory(tmp_path / "small", {**QWEN2, "vocab_size": 360})
+    with pytest.raises(ValueError, match=f"the tokenizer of {small} has ids up to 367, the model's vocabulary only 36"):
+        train(config(command, tmp_path / "run", f"model.path={small}"))
 
 
 def test_a_tracker_that_is_not_installed_names_the_extra(
