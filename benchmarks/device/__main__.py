@@ -4,7 +4,7 @@ Needs no network, no weights and no torch. (1) Attention kernels at real sizes a
 loss, gradients and budgets against the CPU's and the reference's; (2) training steps of as many layers of the 7B and
 the 32B as fit; (3) decoding of the 7B and of a slice of the 32B; (4) memory; where transformers runs on the GPU, its
 `generate` beside. After each case everything so far is in OUTPUT/device.json and OUTPUT/device.md; what there was no
-time for is named. `--smoke` does all of it at toy sizes.
+time or memory for is named. `--smoke` does all of it at toy sizes.
 """
 
 import argparse

@@ -21,6 +21,9 @@ from s1jax.planning.estimate import estimate, latency
 from s1jax.planning.hardware import HARDWARE, Target
 from s1jax.planning.hlo import Program
 
+_MOST_OF_MEMORY = 0.9
+"""Of what jax may take; the rest is for what a step computes."""
+
 
 def run(report: Report, sizes: Sizes) -> None:
     """All cases of one model after another, so that its weights are made once."""
@@ -31,11 +34,25 @@ def run(report: Report, sizes: Sizes) -> None:
         config = replace(config, num_hidden_layers=sizes.layers.get(name, config.num_hidden_layers))
         model = Qwen(config, param_dtype=jnp.bfloat16)
         with jax.set_mesh(make_mesh(1, 1, 1, [device])):
+            case = f"{name}, {length:,} tokens, {rows} rows"
+            memory = (device.memory_stats() or {}).get("bytes_limit")
+            needed = _bytes(model.abstract_params(stacked=False)) + _bytes(_abstract_cache(model, rows, length))
+            if memory and needed > _MOST_OF_MEMORY * memory:
+                report.leave_out("Decoding", case, f"{needed / 2**30:.0f} GiB of weights and cache")
+                continue
             if name not in loaded:
                 loaded.clear()
                 loaded[name] = (model, _weights(model))
-            case = f"{name}, {length:,} tokens, {rows} rows"
             report.case("Decoding", case, partial(_decode, report, case, *loaded[name], length, rows))
+
+
+def _abstract_cache(model: Qwen, rows: int, length: int) -> Any:
+    slots = bucket(length, model.config.max_position_embeddings)
+    return jax.eval_shape(lambda: empty_cache(model, rows, slots))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _weights(model: Qwen) -> Params:
@@ -67,10 +84,10 @@ def _decode(report: Report, case: str, model: Qwen, params: Params, length: int,
 
     seconds = seconds_of(take, repeats=3) / STEPS_PER_CHUNK
     parts = shares_of_time(take)
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    weights = _bytes(params)
     if not model.config.tie_word_embeddings:
         weights -= params["embedding"].nbytes
-    filled = sum(leaf.nbytes for leaf in jax.tree.leaves(cache[0])) * length / slots
+    filled = _bytes(cache[0]) * length / slots
     if device.platform == "gpu":
         known = "known_trip_count" in text
         found = "the loop's length is known" if known else "it is not"

@@ -16,7 +16,7 @@ _LEAST_SECONDS = 5.0
 
 
 class Report:
-    """Tables of rows, verdicts, and what there was no time for; written to a directory after each case."""
+    """Tables of rows, verdicts, and what was left out; written to a directory after each case."""
 
     def __init__(self, directory: Path, ends: float):
         self._directory, self._ends = directory, ends
@@ -48,7 +48,7 @@ class Report:
         """Measure one case, unless too little time is left for it; a case that fails is a row that says why."""
         started = time.monotonic()
         if started + self._slowest.get(table, _LEAST_SECONDS) > self._ends:
-            self._left_out.append(f"{table}: {name}")
+            self.leave_out(table, name, "no time was left")
             return None
         try:
             row: Row | None = measure()
@@ -63,6 +63,11 @@ class Report:
         print(f"{time.monotonic() - self._started:6.1f} s  {table}: {name}: {row}", flush=True)
         self.write()
         return row
+
+    def leave_out(self, table: str, name: str, why: str) -> None:
+        """A case that is not measured."""
+        self._left_out.append(f"{table}: {name} ({why})")
+        self.write()
 
     def verdict(self, claim: str, *, passed: bool, found: str) -> None:
         """Something that holds on this device or does not."""
@@ -97,7 +102,7 @@ class Report:
             lines += ["", f"## {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
             lines += [f"| {' | '.join(_cell(row.get(column)) for column in columns)} |" for row in rows]
         if self._left_out:
-            lines += ["", "No time was left for: " + "; ".join(self._left_out) + "."]
+            lines += ["", "Left out: " + "; ".join(self._left_out) + "."]
         return "\n".join(lines) + "\n"
 
 

@@ -41,6 +41,8 @@ _ROOT = Path(__file__).parents[2]
 
 def main(output: Path, seed: int = 0) -> None:
     """Make the data, train, evaluate, and print what came out."""
+    # What is done in this process is small, and a GPU's memory is for the programs that it starts.
+    jax.config.update("jax_platforms", "cpu")
     started = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
     train, test = write_data(output, seed=seed, num_train=NUM_TRAIN, num_test=NUM_TEST)
