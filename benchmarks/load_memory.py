@@ -10,7 +10,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from s1jax.config import MeshSection, ModelSection
+from s1jax.config import ModelSection
 from s1jax.device_memory import peak_resident_bytes
 from s1jax.mesh import make_mesh
 from s1jax.model.config import QwenConfig
@@ -29,7 +29,7 @@ def peak() -> float:
 def main(path: str, dtype: str = "bfloat16") -> None:
     directory = any_path(path)
     model = build_model(ModelSection(path=path, dtype=dtype), QwenConfig.from_directory(directory), param_dtype=dtype)
-    mesh = make_mesh(**vars(MeshSection()))
+    mesh = make_mesh()
     jax.block_until_ready(jnp.zeros(1))
     before, start = peak(), time.perf_counter()
     params = jax.block_until_ready(load_params(directory, model, mesh))

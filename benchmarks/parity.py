@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from s1jax.config import MeshSection, ModelSection
+from s1jax.config import DecodingMeshSection, ModelSection
 from s1jax.model.load import load_model
 
 
@@ -31,7 +31,7 @@ def main(directory: str, texts: str, tokens: int = 500) -> None:
         while len(input_ids) < tokens:
             input_ids += tokenizer(json.loads(next(lines))["text"] + "\n").input_ids
     row = np.array(input_ids[:tokens])
-    loaded = load_model(ModelSection(path=directory, dtype="float32"), MeshSection())
+    loaded = load_model(ModelSection(path=directory, dtype="float32"), DecodingMeshSection())
     positions = jnp.arange(tokens)[None]
     hidden, _ = jax.jit(loaded.model.hidden_states)(loaded.params, jnp.asarray(row[None]), positions)
     ours = np.asarray(jax.jit(loaded.model.logits)(loaded.params, hidden)[0])

@@ -145,20 +145,37 @@ class LoggingSection:
 
 
 @dataclass(frozen=True, config=STRICT)
-class MeshSection:
-    """How the devices are arranged; the sizes multiply to the number of devices."""
+class ProcessesSection:
+    """Where the other processes of a run are."""
+
+    coordinator: str | None = Field(default=None, description="host:port of process 0, where no launcher tells it")
+    num_processes: Positive | None = Field(default=None, description="how many there are, where no launcher tells")
+    process_id: WholeNumber | None = Field(default=None, description="which one this is, from 0, likewise")
+
+
+@dataclass(frozen=True, config=STRICT)
+class MeshSection(ProcessesSection):
+    """How the devices are arranged for training; the sizes multiply to the number of devices."""
 
     data: Integer = Field(default=1, description="replicas; -1: all devices that are left")
     fsdp: Integer = Field(default=-1, description="shards of parameters and batch; -1: all devices that are left")
     tensor: Integer = Field(default=1, description="shards of heads, feed-forward and vocabulary")
+
+
+@dataclass(frozen=True, config=STRICT)
+class DecodingMeshSection(ProcessesSection):
+    """How the devices are arranged for decoding; sizes that are null are chosen."""
+
+    data: Integer | None = Field(default=None, description="copies of the model; -1: all devices that are left")
+    fsdp: Integer | None = Field(
+        default=None, description="shards of parameters, gathered at each step, and of rows; -1: all that are left"
+    )
+    tensor: Integer | None = Field(default=None, description="shards of heads, feed-forward and vocabulary")
     copies: Literal["hosts"] | None = Field(
         default=None,
-        description="decoding: hosts = a copy of the model for each process, one a host, which takes its share of the "
-        "requests; null: one model over all processes",
+        description="hosts: a copy of the model for each process, one a host, which takes its share of the requests; "
+        "null: one model over all processes",
     )
-    coordinator: str | None = Field(default=None, description="host:port of process 0, where no launcher tells it")
-    num_processes: Positive | None = Field(default=None, description="how many there are, where no launcher tells")
-    process_id: WholeNumber | None = Field(default=None, description="which one this is, from 0, likewise")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -203,7 +220,7 @@ class ScoreConfig:
     max_length: Positive | None = Field(
         default=None, description="longest row allowed, in tokens; null: the model's context"
     )
-    mesh: MeshSection = Field(default=MeshSection(), description="device mesh")
+    mesh: DecodingMeshSection = Field(default=DecodingMeshSection(), description="device mesh")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -267,7 +284,7 @@ class GenerateConfig:
     sampling: SamplingSection = Field(default=SamplingSection(), description="sampling")
     batch_size: Positive = Field(default=8, description="rows decoded at once")
     logprobs: bool = Field(default=False, description="write each output token's log-probability too")
-    mesh: MeshSection = Field(default=MeshSection(), description="device mesh")
+    mesh: DecodingMeshSection = Field(default=DecodingMeshSection(), description="device mesh")
     plan: PlanSection = Field(default=PlanSection(), description="planning")
 
 
@@ -331,7 +348,7 @@ class EvaluateConfig:
     sweep: SweepSection = Field(default=SweepSection(), description="runs")
     sampling: SamplingSection = Field(default=SamplingSection(), description="sampling")
     batch_size: Positive = Field(default=8, description="rows decoded at once")
-    mesh: MeshSection = Field(default=MeshSection(), description="device mesh")
+    mesh: DecodingMeshSection = Field(default=DecodingMeshSection(), description="device mesh")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -353,4 +370,4 @@ class BenchmarkConfig:
 
     model: ModelSection
     benchmark: BenchmarkSection = Field(default=BenchmarkSection(), description="measurements")
-    mesh: MeshSection = Field(default=MeshSection(), description="device mesh")
+    mesh: DecodingMeshSection = Field(default=DecodingMeshSection(), description="device mesh")

@@ -5,11 +5,12 @@ those dimensions live. Code runs under `jax.set_mesh(mesh)`; without a mesh noth
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -115,8 +116,8 @@ def partition_spec(axes: Axes, shape: Sequence[int], mesh_shape: dict[str, int])
     return PartitionSpec(*entries)
 
 
-def named_sharding(mesh: Mesh, axes: Axes, shape: Sequence[int]) -> NamedSharding:
-    """`partition_spec` on a concrete mesh."""
+def named_sharding(mesh: Mesh | AbstractMesh, axes: Axes, shape: Sequence[int]) -> NamedSharding:
+    """`partition_spec` on a mesh."""
     return NamedSharding(mesh, partition_spec(axes, shape, dict(mesh.shape)))
 
 
@@ -131,3 +132,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         shards = int(np.prod([mesh.shape[a] for a in mesh_axes], dtype=int))
         entries.append(mesh_axes if mesh_axes and size % shards == 0 else None)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of abstract arrays with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from s1jax.config import MeshSection
+from s1jax.config import DecodingMeshSection, ProcessesSection
 from s1jax.launchers import Environment, LaunchError, find_place, local_device_ids
 from s1jax.paths import AnyPath, write_whole
 
@@ -41,7 +41,9 @@ class Processes:
     count: int = 1
 
 
-def start_processes(section: MeshSection, environment: Environment | None = None, root: Path = Path("/")) -> Processes:
+def start_processes(
+    section: ProcessesSection, environment: Environment | None = None, root: Path = Path("/")
+) -> Processes:
     """Find out which process of how many this is, and join the others unless each has a copy of the model.
 
     `mesh.coordinator` and its companions win over what the launcher says. Must come before jax looks for devices.
@@ -60,7 +62,7 @@ def start_processes(section: MeshSection, environment: Environment | None = None
     if processes.index >= processes.count:
         raise LaunchError(f"mesh.process_id={processes.index}: there are {processes.count} processes, from 0")
     devices = local_device_ids(place, environment, root) if place else []
-    if processes.count > 1 and section.copies is None:
+    if processes.count > 1 and not (isinstance(section, DecodingMeshSection) and section.copies):
         if coordinator is None:
             raise LaunchError(
                 f"process {processes.index} of {processes.count}: nothing says where the first one is; "

@@ -19,10 +19,10 @@ import json, os, sys
 from pathlib import Path
 root, words, body = sys.argv[1:]
 import jax
-from s1jax.config import MeshSection
+from s1jax.config import DecodingMeshSection
 from s1jax.processes import *
 environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
-own = start_processes(MeshSection(**json.loads(words)), environment, Path(root))
+own = start_processes(DecodingMeshSection(**json.loads(words)), environment, Path(root))
 exec(body)
 """
 SHOW = """

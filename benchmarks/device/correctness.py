@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.device.report import Report, Row
 from benchmarks.device.sizes import Sizes
 from benchmarks.device.timing import seconds_of
-from s1jax.config import MeshSection, ModelSection
+from s1jax.config import DecodingMeshSection, ModelSection
 from s1jax.data.packing import Batch
 from s1jax.decoding.api import generate
 from s1jax.decoding.budget import ThinkingBudget
@@ -131,7 +131,9 @@ def _one_device(platform: str) -> jax.sharding.Mesh:
 def _budgets(report: Report) -> Row:
     """Tokens, flags and counts of the compiled loop under budgets, and those of the plain rules, token by token."""
     with tempfile.TemporaryDirectory() as name:
-        loaded = load_model(ModelSection(path=str(_thinker(Path(name) / "model")), dtype="float32"), MeshSection())
+        loaded = load_model(
+            ModelSection(path=str(_thinker(Path(name) / "model")), dtype="float32"), DecodingMeshSection()
+        )
         tokenizer = loaded.tokenizer
     context = loaded.model.config.max_position_embeddings
     profile = tokenize_profile(load_profile("s1"), tokenizer, loaded.model.config.vocab_size)

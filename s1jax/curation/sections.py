@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from s1jax.config import STRICT, BudgetSection, MeshSection, NonNegative, PathText, Positive, WholeNumber
+from s1jax.config import STRICT, BudgetSection, DecodingMeshSection, NonNegative, PathText, Positive, WholeNumber
 
 Seconds = Annotated[float, Field(gt=0)]
 BOXED = "\n\nPut your final answer within \\boxed{}."
@@ -62,7 +62,7 @@ class StudentSection:
         default=BudgetSection(profile="none", max_answer_tokens=4096), description="with path: length of the answers"
     )
     batch_size: Positive = Field(default=8, description="with path: rows decoded at once")
-    mesh: MeshSection = Field(default=MeshSection(), description="with path: device mesh")
+    mesh: DecodingMeshSection = Field(default=DecodingMeshSection(), description="with path: device mesh")
     instruction: str = Field(default=BOXED, description="appended to each question")
 
 

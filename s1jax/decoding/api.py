@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from s1jax.config import MeshSection, ModelSection
+from s1jax.config import DecodingMeshSection, ModelSection
 from s1jax.decoding.budget import ThinkingBudget
 from s1jax.decoding.generate import Finished, Generation, Generator, Request
 from s1jax.decoding.profiles import DelimiterProfile, load_profile, prepare_prompt, profile_of_model
@@ -14,13 +14,13 @@ from s1jax.model.load import LoadedModel, load_model
 DEFAULT_BUDGET = ThinkingBudget(max_thinking_tokens="auto", max_answer_tokens=1024)
 
 
-def load(model: ModelSection | str, mesh: MeshSection | None = None) -> LoadedModel:
+def load(model: ModelSection | str, mesh: DecodingMeshSection | None = None) -> LoadedModel:
     """Read a model from a directory or hub id onto this process's devices, in bfloat16 unless the section says else.
 
     Raises FileNotFoundError, UnsupportedConfigError, CheckpointError or MeshError.
     """
     section = ModelSection(path=model) if isinstance(model, str) else model
-    return load_model(section, mesh or MeshSection())
+    return load_model(section, mesh or DecodingMeshSection())
 
 
 def generate(

@@ -5,7 +5,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -21,10 +21,8 @@ from s1jax.decoding.loop import Rows, Shared, decode_chunk, empty_cache, insert,
 from s1jax.decoding.sampling import Sampling
 from s1jax.device_memory import peak_resident_bytes
 from s1jax.mesh import batch_shards
-from s1jax.model.config import QwenConfig
 from s1jax.model.hf import load_params, resolve_model
-from s1jax.model.kernel_check import checked
-from s1jax.model.load import LoadedModel, build_model, inference_param_dtype, model_mesh
+from s1jax.model.load import LoadedModel, inference_model
 from s1jax.model.qwen import KVCache
 from s1jax.paths import any_path, write_whole
 
@@ -106,11 +104,9 @@ def _sums(reports: list[Row]) -> list[Row]:
 
 def _measured(config: BenchmarkConfig) -> Row:
     directory = resolve_model(config.model.path)
-    mesh = model_mesh(config.mesh)
     has_weights = any(file.suffix == ".safetensors" for file in directory.iterdir())
-    param_dtype = inference_param_dtype(config.model, directory, mesh) if has_weights else config.model.dtype
-    model = build_model(config.model, QwenConfig.from_directory(directory), param_dtype=param_dtype)
-    model = checked(model, gradients=False)
+    as_computed = replace(config.model, param_dtype=config.model.param_dtype or config.model.dtype)
+    model, mesh = inference_model(config.model if has_weights else as_computed, config.mesh, directory)
     with jax.set_mesh(mesh):
         if has_weights:
             params = load_params(directory, model, mesh, stacked=False)

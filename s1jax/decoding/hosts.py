@@ -20,7 +20,7 @@ import jax
 from jax.sharding import PartitionSpec
 from tqdm import tqdm
 
-from s1jax.config import MeshSection
+from s1jax.config import DecodingMeshSection
 from s1jax.config_reader import to_dict
 from s1jax.jsonl import RowWriter, merge_parts, written_rows
 from s1jax.locks import InUseError, Lock, exclusive, exclusive_file
@@ -67,7 +67,7 @@ class Hosts:
         return tqdm(total=total, unit=unit, disable=None if self.writes else True)
 
 
-def start_hosts(mesh: MeshSection) -> Hosts:
+def start_hosts(mesh: DecodingMeshSection) -> Hosts:
     """Find the other processes, before jax looks for devices; raises as `start_processes` does."""
     processes = start_processes(mesh)
     return Hosts(processes, copies=mesh.copies is not None and processes.count > 1)

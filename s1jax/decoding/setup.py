@@ -1,5 +1,6 @@
 """What every command that generates does first: tokenizer and profile, all checks, and only then the weights."""
 
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -65,3 +66,13 @@ def build_generator(config: GenerateConfig | EvaluateConfig, setup: Setup, *, lo
 def sampling_of(section: SamplingSection) -> Sampling:
     """The sampler that a configuration asks for. Raises ValueError for one that cannot be."""
     return Sampling(section.temperature, section.top_k, section.top_p, section.min_p)
+
+
+def say_rounding(dtype: str, key: str) -> None:
+    """Say on a line of the error output what an evaluation in less than float32, which `key` sets, means."""
+    if dtype != "float32":
+        print(
+            f"evaluating in {dtype}: batch and mesh change how numbers are rounded, and so, now and then, a greedy "
+            f"answer; {key} keeps that from happening, in twice the memory",
+            file=sys.stderr,
+        )

@@ -16,7 +16,7 @@ from s1jax.decoding.generate import Finished, Generator, Request
 from s1jax.decoding.hosts import SharedOutput, same_command, start_hosts
 from s1jax.decoding.profiles import PreparedPrompt, prepare_prompt
 from s1jax.decoding.requests import encode_prompt
-from s1jax.decoding.setup import build_generator, check_requests, prepare
+from s1jax.decoding.setup import build_generator, check_requests, prepare, say_rounding
 from s1jax.evaluation.grading import Grader
 from s1jax.evaluation.report import write_report
 from s1jax.evaluation.runs import Run, plan_runs
@@ -57,6 +57,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     if config.sweep.baselines and not any(limit != "auto" for limit in config.sweep.max_thinking_tokens):
         raise ConfigError("sweep.baselines: they keep to the numbers in sweep.max_thinking_tokens, and there are none")
     hosts = start_hosts(config.mesh)
+    if hosts.writes:
+        say_rounding(config.model.dtype, "model.dtype=float32")
     setup = together(lambda: prepare(config))
     questions = together(lambda: _questions(config))
     methods = plan_runs(config)

@@ -20,12 +20,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from s1jax.chat_template import render_chat
 from s1jax.command import errors_end_all
 from s1jax.compilation_cache import keep_compilations
-from s1jax.config import MeshSection, ModelSection
+from s1jax.config import DecodingMeshSection, ModelSection
 from s1jax.decoding.budget import ThinkingBudget
 from s1jax.decoding.generate import Finished, Generator, Request
 from s1jax.decoding.profiles import load_profile, prepare_prompt, profile_of_model
 from s1jax.decoding.sampling import Sampling
 from s1jax.decoding.score import score_rows
+from s1jax.decoding.setup import say_rounding
 from s1jax.model.load import load_model
 from s1jax.processes import same_everywhere, start_processes
 from s1jax.tokenizer import encode
@@ -56,13 +57,13 @@ class S1jaxLM(TemplateLM):
     def __init__(
         self,
         pretrained: str,
-        dtype: str = "float32",
+        dtype: str = "bfloat16",
         profile: str = "s1",
         batch_size: int | str = 8,
         max_length: int | None = None,
         seed: int = 0,
-        fsdp: int = -1,
-        tensor: int = 1,
+        fsdp: int | None = None,
+        tensor: int | None = None,
         coordinator: str | None = None,
         num_processes: int | None = None,
         process_id: int | None = None,
@@ -73,13 +74,13 @@ class S1jaxLM(TemplateLM):
 
         Args:
             pretrained: model directory or hub id.
-            dtype: of the computation; s1 evaluated in float32, so that batching does not change greedy results.
+            dtype: of the computation; s1 evaluated in float32, in which batches do not change greedy results.
             profile: delimiters of thinking requests, as `budget.profile`.
             batch_size: rows computed at once.
             max_length: prompt and output together, in tokens; None: the model's context.
             seed: of all draws, where a request's own gen_kwargs have none.
-            fsdp: shards of parameters and rows, as `mesh.fsdp`.
-            tensor: shards of heads and feed-forward, as `mesh.tensor`.
+            fsdp: shards of parameters and rows, as `mesh.fsdp`; None: chosen.
+            tensor: shards of heads and feed-forward, as `mesh.tensor`; None: chosen.
             coordinator: where several processes have one model and no launcher tells, as `mesh.coordinator`.
             num_processes: likewise, as `mesh.num_processes`.
             process_id: likewise, as `mesh.process_id`.
@@ -93,13 +94,15 @@ class S1jaxLM(TemplateLM):
             raise ValueError("s1jax needs a --batch_size that is a number, and no --max_batch_size")
         section = ModelSection(path=pretrained, dtype=dtype)  # type: ignore[arg-type]
         delimiters = load_profile(profile)
-        mesh = MeshSection(
+        mesh = DecodingMeshSection(
             fsdp=fsdp, tensor=tensor, coordinator=coordinator, num_processes=num_processes, process_id=process_id
         )
         processes = start_processes(mesh)
         if processes.count > 1:
             # All ask the model for the same, as rank 0 of 1; by this the harness knows which one prints and writes.
             os.environ["LOCAL_RANK"] = str(processes.index)
+        if processes.index == 0:
+            say_rounding(section.dtype, "dtype=float32")
         self._loaded = load_model(section, mesh)
         self.tokenizer, config = self._loaded.tokenizer, self._loaded.model.config
         # What ends a text is the model's own where it does not think, too.

@@ -1,7 +1,8 @@
 """From the `model` and `mesh` sections of a configuration to a model on its devices."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import jax
@@ -9,12 +10,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from s1jax.config import MeshSection, ModelSection, Remat
+from s1jax.config import DecodingMeshSection, ModelSection, Remat
 from s1jax.mesh import make_mesh
 from s1jax.model import cpu_kernel
 from s1jax.model.config import QwenConfig
 from s1jax.model.hf import load_params, resolve_model, stored_dtypes
 from s1jax.model.kernel_check import checked
+from s1jax.model.placement import MeshSizes, decoding_mesh_sizes, described, machine_of
 from s1jax.model.qwen import Params, Qwen
 from s1jax.paths import AnyPath
 from s1jax.tokenizer import load_tokenizer
@@ -46,35 +48,33 @@ def build_model(section: ModelSection, config: QwenConfig, *, param_dtype: str, 
     )
 
 
-def inference_param_dtype(section: ModelSection, directory: AnyPath, mesh: Mesh) -> str:
-    """The dtype in which parameters are kept: that of the computation, or the checkpoint's bfloat16 under float32.
+def inference_model(section: ModelSection, mesh_section: DecodingMeshSection, directory: AnyPath) -> tuple[Qwen, Mesh]:
+    """The directory's model as inference runs it, and the devices that it is spread over, which is said on a line.
 
-    The latter only where products widen weights as they read them: the numbers are the same, and half as many bytes.
+    Those are this process's own where each process has a copy, else all. Parameters are kept in the dtype of the
+    computation, or, where products widen weights as they read them and the section does not say, in the checkpoint's
+    bfloat16 under float32: the numbers are the same, and half as many bytes. Raises MeshError.
     """
+    model = build_model(section, QwenConfig.from_directory(directory), param_dtype=section.dtype)
+    devices = jax.local_devices() if mesh_section.copies else jax.devices()
+    sizes = decoding_mesh_sizes(mesh_section, model, machine_of(devices))
+    mesh = make_mesh(*sizes, devices)
+    if mesh.size > 1 and jax.process_index() == 0:
+        print(described(mesh_section, model, MeshSizes(**mesh.shape)), file=sys.stderr)
     with jax.set_mesh(mesh):
-        widened = section.dtype == "float32" and cpu_kernel.available(jnp.bfloat16)
-    return "bfloat16" if widened and stored_dtypes(directory) == {"BF16"} else section.dtype
+        widened = section.dtype == "float32" and section.param_dtype is None and cpu_kernel.available(jnp.bfloat16)
+        if widened and stored_dtypes(directory) == {"BF16"}:
+            model = replace(model, param_dtype=jnp.dtype("bfloat16"))
+    return checked(model, gradients=False), mesh
 
 
-def model_mesh(section: MeshSection) -> Mesh:
-    """The devices that one model is spread over: this process's own where each has a copy, else all of them.
-
-    Raises MeshError.
-    """
-    devices = jax.local_devices() if section.copies else None
-    return make_mesh(section.data, section.fsdp, section.tensor, devices)
-
-
-def load_model(section: ModelSection, mesh: MeshSection) -> LoadedModel:
-    """Find, check and read a model for inference, its parameters in `inference_param_dtype` unless the section says.
+def load_model(section: ModelSection, mesh: DecodingMeshSection) -> LoadedModel:
+    """Find, check and read a model for inference: `inference_model` with its parameters.
 
     Raises FileNotFoundError, UnsupportedConfigError, CheckpointError or MeshError.
     """
     directory = resolve_model(section.path)
-    devices = model_mesh(mesh)
-    param_dtype = inference_param_dtype(section, directory, devices)
-    config = QwenConfig.from_directory(directory)
-    model = checked(build_model(section, config, param_dtype=param_dtype), gradients=False)
+    model, devices = inference_model(section, mesh, directory)
     with ThreadPoolExecutor(1) as reader:
         # Meanwhile, for those who will ask for it; they are told what is wrong with it, too.
         reader.submit(load_tokenizer, directory)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -272,7 +272,7 @@ class Qwen:
             node[path[-1]] = param.get_metadata("axes")
         return tree
 
-    def abstract_params(self, mesh: Mesh | None = None, *, stacked: bool = True) -> Params:
+    def abstract_params(self, mesh: Mesh | AbstractMesh | None = None, *, stacked: bool = True) -> Params:
         """Shape and dtype of every parameter, and its sharding if a mesh is given; nothing is allocated.
 
         Not `stacked`, `layers` holds a tree for each layer's number, as decoding wants it. Raises MeshError naming the

@@ -16,8 +16,9 @@ from s1jax.decoding.budget import RowParams, RowState, Tables
 from s1jax.decoding.generate import STEPS_PER_CHUNK, bucket
 from s1jax.decoding.loop import Rows, Shared, decode_chunk
 from s1jax.decoding.setup import sampling_of
-from s1jax.mesh import batch_shards, make_mesh, named_sharding
+from s1jax.mesh import batch_shards, device_bytes, make_mesh, named_sharding
 from s1jax.model.load import build_model
+from s1jax.model.placement import Machine, decoding_mesh_sizes
 from s1jax.model.qwen import CACHE_AXES, KVCache, LayerCache, Qwen
 from s1jax.paths import any_path, write_whole
 from s1jax.planning.cli import DOES_NOT_FIT
@@ -33,7 +34,7 @@ from s1jax.planning.estimate import (
 from s1jax.planning.hardware import GIB, PlanError, Target, parse_target
 from s1jax.planning.hlo import Collective, Program
 from s1jax.planning.traffic import launches, memory_traffic
-from s1jax.planning.training import device_bytes, resolve_architecture
+from s1jax.planning.training import resolve_architecture
 
 _TEXTS, _TEXT_LENGTH, _END_TOKENS = 8, 32, 4
 """Sizes of the tables of delimiters, which are small whatever the profile."""
@@ -144,9 +145,10 @@ def plan_generation(config: GenerateConfig, target: Target, devices: Sequence[ja
     """Compile the decode loop for `batch_size` rows of `max_total_tokens`. Raises MeshError or PlanError."""
     copies = len(devices) // target.devices_per_host if config.mesh.copies else 1
     devices = devices[: len(devices) // copies]
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     architecture = resolve_architecture(config.model.path)
     model = build_model(config.model, architecture, param_dtype=config.model.dtype)
+    machine = Machine(len(devices), target.devices_per_host, usable_bytes(target.hardware))
+    mesh = make_mesh(*decoding_mesh_sizes(config.mesh, model, machine), devices)
     context = architecture.max_position_embeddings
     rows = config.batch_size + -config.batch_size % batch_shards(mesh)
     slots = bucket(min(config.max_total_tokens or context, context), context)

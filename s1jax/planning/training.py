@@ -18,7 +18,7 @@ from s1jax.config import Remat, TrainConfig
 from s1jax.data.examples import Example
 from s1jax.data.loader import StepLoader
 from s1jax.data.packing import Batch, Shape
-from s1jax.mesh import make_mesh
+from s1jax.mesh import device_bytes, make_mesh
 from s1jax.model.architectures import known_architecture
 from s1jax.model.config import QwenConfig
 from s1jax.model.flops import attention_flops, matmul_parameters
@@ -268,9 +268,3 @@ class _Planner:
             ): f"{leaf.shape} as {sharding.shard_shape(leaf.shape)}"
             for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings.params), strict=True)
         }
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes that one device holds of abstract arrays with shardings."""
-    leaves = jax.tree.leaves(tree)
-    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)

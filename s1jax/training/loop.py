@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from s1jax.config import Remat, TrainConfig, TrainedModelSection
-from s1jax.config_reader import ConfigError, to_dict
+from s1jax.config_reader import to_dict
 from s1jax.data.examples import Dataset, Example, load_examples
 from s1jax.data.loader import StepLoader
 from s1jax.data.packing import Batch
@@ -53,8 +53,6 @@ def train(config: TrainConfig) -> int:
 
     Raises ValueError, OSError or RuntimeError with a message for the person who started the run.
     """
-    if config.mesh.copies:
-        raise ConfigError("mesh.copies is for decoding: training has one model over all processes")
     start_processes(config.mesh)
     if jax.default_backend() == "cpu":
         keep_freed_memory()

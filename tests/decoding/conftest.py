@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
-from s1jax.config import MeshSection, ModelSection
+from s1jax.config import DecodingMeshSection, ModelSection
 from s1jax.model.load import LoadedModel, load_model
 from tests.tiny import QWEN2, model_directory
 
@@ -35,7 +35,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def loaded(directory: Path) -> LoadedModel:
-    return load_model(ModelSection(path=str(directory), dtype="float32"), MeshSection(fsdp=8, tensor=2))
+    return load_model(ModelSection(path=str(directory), dtype="float32"), DecodingMeshSection(fsdp=8, tensor=2))
 
 
 def command(directory: Path, *words: str) -> list[str]:

@@ -131,7 +131,7 @@ def test_evaluating_killed_and_started_again_is_as_on_a_disk(
     rows = [{"problem": f"What is {i} + 3?", "answer": str(i + 3)} for i in range(10)]
     words = [f"model.path={directory}", f"tasks={write_rows(bucket / 'sums.jsonl', rows)}", "max_total_tokens=150"]
     words += ["sweep.max_thinking_tokens=0,60", "budget.min_thinking_tokens=50", "batch_size=1"]
-    words += ["budget.max_answer_tokens=40", "sampling.num_samples=16", "sampling.temperature=1"]
+    words += ["budget.max_answer_tokens=40", "sampling.num_samples=48", "sampling.temperature=1"]
     succeed("evaluate", *words, f"output_dir={tmp_path}/run")
     output = bucket / "run"
     process = start("evaluate", *words, f"output_dir={output}")

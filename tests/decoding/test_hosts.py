@@ -64,6 +64,11 @@ def generated(directory: Path, prompts: Path, tmp_path_factory: pytest.TempPathF
     return {count: in_order(output / f"{count}.jsonl") for count in (2, 4)}
 
 
+def weights_shared(copies: bool, count: int) -> list[str]:
+    """Two processes with one model have the mesh that is chosen, each all weights; four have shares of them."""
+    return ["mesh.fsdp=-1"] * count if count == 4 and not copies else []
+
+
 @COUNTS
 @WAYS
 def test_generate_is_what_one_process_gives(
@@ -71,7 +76,7 @@ def test_generate_is_what_one_process_gives(
 ) -> None:
     output = tmp_path / "out.jsonl"
     words = generating(directory, prompts, output, *(SAMPLED if count == 4 else []))
-    outputs = finish(start_hosts(words, count, copies=copies))
+    outputs = finish(start_hosts(words, count, copies=copies, own=weights_shared(copies, count)))
     rows = lines(output)
     assert in_order(output) == generated[count]
     if copies:  # Made of parts, and so in the order of the prompts.
@@ -109,7 +114,8 @@ def test_score_is_what_one_process_gives_in_the_order_of_the_input(
     directory: Path, texts: Path, scored: list[dict], copies: bool, count: int, tmp_path: Path
 ) -> None:
     output = tmp_path / "out.jsonl"
-    finish(start_hosts(scoring(directory, texts, output), count, copies=copies))
+    words = scoring(directory, texts, output)
+    finish(start_hosts(words, count, copies=copies, own=weights_shared(copies, count)))
     rows = lines(output)
     assert [row["id"] for row in rows] == [f"row {i}" for i in range(11)]
     for row, expected in zip(rows, scored, strict=True):
@@ -124,9 +130,8 @@ def test_score_is_what_one_process_gives_in_the_order_of_the_input(
 def test_benchmark_has_one_report(copies: bool, count: int, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     output = tmp_path / "speed.json"
-    # Rows are spread over the devices, the model is not: less to exchange, which is slow where processes share a core.
-    words = ["benchmark.batch_sizes=4", "benchmark.prompt_length=16", "benchmark.new_tokens=32", "mesh.data=-1"]
-    words += ["mesh.fsdp=1", f"model.path={tmp_path}", "benchmark.repeats=1", f"benchmark.output={output}"]
+    words = ["benchmark.batch_sizes=4", "benchmark.prompt_length=16", "benchmark.new_tokens=32"]
+    words += [f"model.path={tmp_path}", "benchmark.repeats=1", f"benchmark.output={output}"]
     processes = start_hosts([sys.executable, "decode.py", "benchmark", *words], count, copies=copies)
     printed = [out for out, _ in finish(processes)]
     report = json.loads(output.read_text())

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s1jax.config import MeshSection, ModelSection
+from s1jax.config import DecodingMeshSection, ModelSection
 from s1jax.decoding.score import score_rows
 from s1jax.model.load import load_model
 from tests.processes import wait_until
@@ -48,7 +48,7 @@ def rows_of(count: int, seed: int = 0) -> list[list[int]]:
 
 def test_scores_are_the_plain_computation_on_any_mesh_and_batch(directory: Path) -> None:
     section, rows = ModelSection(path=str(directory), dtype="float32"), rows_of(6)
-    loaded = load_model(section, MeshSection(fsdp=8, tensor=2))
+    loaded = load_model(section, DecodingMeshSection(fsdp=8, tensor=2))
     results = score_rows(loaded, rows, batch_size=4)
     alone = [score_rows(loaded, [row], batch_size=1)[0] for row in rows]
     for row, result, other in zip(rows, results, alone, strict=True):

@@ -22,7 +22,7 @@ TEXTS = ["the sum of 3 and 4 is 7.", "How many apples does she have? Let me chec
 
 @pytest.fixture(scope="module")
 def lm(directory: Path) -> S1jaxLM:
-    return S1jaxLM(pretrained=str(directory), batch_size="16", fsdp=8, tensor=2)
+    return S1jaxLM(pretrained=str(directory), dtype="float32", batch_size="16", fsdp=8, tensor=2)
 
 
 @pytest.fixture(scope="module")

@@ -88,6 +88,8 @@ def test_the_recipe_of_32b_runs_on_two_hosts_of_eight_devices(directory: Path, t
     for index, (_, errors) in enumerate(finish(processes)):
         assert f"process {index} of 2 (mesh.process_id)" in errors
         assert "8 of 8 devices" in errors
+        assert "mesh: data 8 (chosen) x fsdp 1 (chosen) x tensor 1 (chosen)" in errors
+        assert "evaluating in bfloat16" in errors
     assert len(lines(tmp_path / "run" / "samples.jsonl")) == 6
 
 
@@ -99,7 +101,13 @@ def test_the_harness_prints_and_writes_once(directory: Path, task: Path, tmp_pat
     )
 
     def command(output: Path, *arguments: str) -> list[str]:
-        words = ["--model_args", ",".join([f"pretrained={directory}", *arguments]), "--tasks", "sums", "--log_samples"]
+        words = [
+            "--model_args",
+            ",".join([f"pretrained={directory},dtype=float32", *arguments]),
+            "--tasks",
+            "sums",
+            "--log_samples",
+        ]
         words += ["--include_path", str(tmp_path), "--apply_chat_template", "--output_path", str(output)]
         words += ["--gen_kwargs", "max_gen_toks=40,max_tokens_thinking=8", "--batch_size", "4", "--model", "s1jax"]
         return [sys.executable, "-m", "s1jax.evaluation.harness", "run", *words]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from s1jax.config import GenerateConfig, MeshSection, ModelSection
+from s1jax.config import DecodingMeshSection, GenerateConfig, ModelSection
 from s1jax.decoding.setup import prepare
 from s1jax.model.config import QwenConfig, UnsupportedConfigError
 from s1jax.model.hf import CheckpointError
@@ -68,7 +68,7 @@ def test_sizes_are_those_of_the_checkpoint(changes: dict, message: str, director
     hf = json.loads((copy_of / "config.json").read_text())
     (copy_of / "config.json").write_text(json.dumps({**hf, "head_dim": 16, **changes}))
     section = ModelSection(path=str(copy_of))
-    for start in (lambda: prepare(GenerateConfig(section)), lambda: load_model(section, MeshSection())):
+    for start in (lambda: prepare(GenerateConfig(section)), lambda: load_model(section, DecodingMeshSection())):
         with pytest.raises((UnsupportedConfigError, CheckpointError)) as error:
             start()
         assert str(copy_of) in str(error.value)

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
-from s1jax.config import MeshSection, ModelSection
+from s1jax.config import DecodingMeshSection, ModelSection
 from s1jax.data.examples import load_examples
 from s1jax.model.load import load_model
 from s1jax.model.token_logprobs import token_logprobs
@@ -69,7 +69,7 @@ def test_held_out_loss_and_trackers(command: Command, traces: Path, tmp_path: Pa
     assert status == 0, text
     rows = metrics(output)
     assert [row["step"] for row in rows if "eval_loss" in row] == [3, 6]
-    loaded = load_model(ModelSection(path=str(output / "model"), dtype="float32"), MeshSection(fsdp=16))
+    loaded = load_model(ModelSection(path=str(output / "model"), dtype="float32"), DecodingMeshSection(fsdp=16))
     examples = load_examples(str(traces), loaded.tokenizer, block_size=256, overlong="error").examples
     losses = []
     for example in examples:
