@@ -45,20 +45,21 @@ class MeshSizes(NamedTuple):
 
 
 def decoding_mesh_sizes(section: DecodingMeshSection, model: Qwen, machine: Machine) -> MeshSizes:
-    """The sizes that the section gives, and the best for those that it leaves open.
+    """The sizes that the section gives, and the best for those that it leaves open. `make_mesh` refuses what cannot be.
 
     Heads and feed-forward are divided inside a host as long as that saves more reading than it costs in exchanges, and
     further, across hosts too, only if the weights have no room otherwise; the other devices get copies. Where even that
     leaves no room, shards of weights are gathered at each step.
     """
     data, fsdp, tensor = section.data, section.fsdp, section.tensor
-    if -1 in (fsdp, tensor):
-        return MeshSizes(data or 1, fsdp or 1, tensor or 1)
-    room = machine.devices // (max(data or 1, 1) * (fsdp or 1))
+    given = MeshSizes(*(1 if size is None else size for size in (data, fsdp, tensor)))
+    if given.fsdp < 1 or given.tensor < 1:
+        return given
+    room = machine.devices // (max(given.data, 1) * given.fsdp)
     if tensor is None:
         tensor = _tensor(model, room, machine)
     if fsdp is None:
-        left = 1 if data is not None else room // tensor
+        left = 1 if data is not None else max(room // tensor, 1)
         shards = [size for size in range(1, left + 1) if left % size == 0]
         fsdp = next((size for size in shards if _fits(model, MeshSizes(1, size, tensor), machine)), left)
     return MeshSizes(-1 if data is None else data, fsdp, tensor)

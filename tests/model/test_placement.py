@@ -4,10 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from s1jax.config import DecodingMeshSection
+from s1jax.mesh import MeshError, make_mesh
 from s1jax.model.architectures import known_architecture
 from s1jax.model.placement import GIB, Machine, MeshSizes, decoding_mesh_sizes, described
 from s1jax.model.qwen import Qwen
@@ -62,6 +64,15 @@ def test_as_many_shards_as_are_worth_it_and_copies(model: Qwen, machine: Machine
 )
 def test_what_is_given_stays(given: dict[str, int], expected: tuple[int, ...]) -> None:
     assert decoding_mesh_sizes(DecodingMeshSection(**given), qwen("Qwen2.5-32B-Instruct"), H100) == expected
+
+
+@pytest.mark.parametrize(
+    "given", [{"tensor": 0}, {"tensor": 64}, {"tensor": -2}, {"fsdp": 0}, {"fsdp": -2}, {"data": 0}, {"data": 3}]
+)
+def test_what_cannot_be_is_refused(given: dict[str, int]) -> None:
+    sizes = decoding_mesh_sizes(DecodingMeshSection(**given), qwen("Qwen2.5-32B-Instruct"), H100)
+    with pytest.raises(MeshError, match=r"^mesh .* \(data x fsdp x tensor\)"):
+        make_mesh(*sizes, jax.devices()[:8])
 
 
 def test_gathered_weights_are_said() -> None:
