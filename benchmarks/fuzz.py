@@ -21,6 +21,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +53,8 @@ def read_damaged(base: Path, kind: fuzz_files.Kind, seed: str) -> Ending:
     content = fuzz_mutations.mutate(whole, kind.shape, random.Random(seed))
     file.write_bytes(content)
     try:
-        found = kind.read(base)
+        with _bounded_memory():
+            found = kind.read(base)
         if kind.same and not kind.same(whole, content, found):
             return Ending("changed", f"{len(content)} bytes: {content[:200]!r}")
         return Ending("accepted")
@@ -72,13 +74,23 @@ def read_damaged(base: Path, kind: fuzz_files.Kind, seed: str) -> Ending:
         file.write_bytes(whole)
 
 
+@contextlib.contextmanager
+def _bounded_memory() -> Iterator[None]:
+    """Not around damaging: what Arrow writes may need more, and ends the process where it gets none."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
 def work(base: Path) -> None:
     """Answer requests, one a line, each with a kind's name and a seed."""
     # The answers have this to themselves: what is read may print.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     kinds = {kind.name: kind for kind in fuzz_files.KINDS}
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         name, seed = json.loads(line)

@@ -82,9 +82,13 @@ def _bytes(content: bytes, rng: random.Random) -> bytes:
 def _value(tree: Any, rng: random.Random) -> Any:
     """The tree with one of its values damaged; it is changed in place, too."""
     places: list[tuple[Any, Any]] = []
-    waiting = [tree]
+    waiting, seen = [tree], set[int]()
     while waiting:
         node = waiting.pop()
+        # A YAML alias may make a list hold itself.
+        if id(node) in seen and isinstance(node, dict | list):
+            continue
+        seen.add(id(node))
         # Not all of a vocabulary: what is around it is as likely.
         keys = list(node) if isinstance(node, dict) else list(range(len(node))) if isinstance(node, list) else []
         for key in keys if len(keys) < 50 else rng.sample(keys, 50):

@@ -106,6 +106,15 @@ def read_range(path: AnyPath, start: int, out: memoryview) -> int:
     return done
 
 
+def read_start(path: AnyPath, count: int) -> bytes:
+    """The file's first bytes, `count` of them or all there are; a pipe's and a device's too."""
+    if isinstance(path, BucketPath):
+        # Not a range where there is nothing: some stores refuse that.
+        return path.read_range(0, count) if path.size() else b""
+    with path.open("rb") as file:
+        return file.read(count)
+
+
 def file_size(path: AnyPath) -> int:
     """Bytes of a file or object."""
     return path.size() if isinstance(path, BucketPath) else path.stat().st_size

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from s1jax.paths import AnyPath, file_size
+from s1jax.paths import AnyPath, read_start
 
 _MOST_BYTES = 2**18
 _MOST_VALUES = 5_000
@@ -34,10 +34,12 @@ def read_yaml(path: AnyPath) -> Any:
 
     Raises OSError, or ValueError that says in one line what is wrong, without the file's name.
     """
-    if file_size(path) > _MOST_BYTES:
+    # No further, whatever its size: /dev/zero has none, and no end.
+    content = read_start(path, _MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
         raise ValueError(f"larger than {_MOST_BYTES} bytes, which no configuration is")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} at byte {error.start + 1}") from None
     return parse_yaml(text)

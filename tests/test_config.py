@@ -78,6 +78,12 @@ def test_yaml_files_extend_one_another(tmp_path: Path) -> None:
     assert (config.batch_size, config.input, config.output) == (3, "i", "word")
 
 
+def test_a_file_without_an_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("extends: /dev/zero\n")
+    with pytest.raises(ConfigError, match=r"/dev/zero: larger than"):
+        load_config(ScoreConfig, [str(tmp_path / "a.yaml")])
+
+
 def test_a_circle_of_extends_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
     (tmp_path / "b.yaml").write_text("extends: a.yaml\n")

@@ -226,10 +226,10 @@ class ThinkingBudget:
             if value in allowed or (type(value) is int and value >= lowest):
                 continue
             expected = " or ".join([f"a whole number of at least {lowest}", *map(str, allowed)])
-            problems.append(f"{key}: expected {expected}, found {value!r}")
+            problems.append(f"{key}: expected {expected}, found {value!r:.60}")
         texts = self.waits
         if not (isinstance(texts, tuple) and texts and all(isinstance(text, str) for text in texts)):
-            problems.append(f"wait: expected a text, or a tuple of at least one, found {self.wait!r}")
+            problems.append(f"wait: expected a text, or a tuple of at least one, found {self.wait!r:.60}")
         if self.max_thinking_tokens == "auto" and self.max_answer_tokens is None:
             problems.append("max_thinking_tokens: auto needs max_answer_tokens, to know what to leave for the answer")
         if problems:

@@ -242,6 +242,7 @@ def test_every_bad_prompt_is_listed_before_anything_is_computed(directory: Path,
         '{"prompt": "a", "id": 1}',
         '{"prompt": "b", "id": 1}',
         '{"messages": [{"role": "user"}]}',
+        json.dumps({"prompt": "a", "num_ignore": ["a"] * 1000}),
     ]
     prompts.write_text("\n".join(lines))
     result = run(directory, f"prompts={prompts}", f"output={target}")
@@ -254,8 +255,10 @@ def test_every_bad_prompt_is_listed_before_anything_is_computed(directory: Path,
         "line 5: max_thinking_tokens: expected a whole number of at least 0",
         "line 7: id 1 is that of line 6 too",
         "line 8: messages: a message has no content",
+        "line 9: num_ignore: expected a whole number of at least 0",
     ):
         assert part in result.stderr
+    assert max(map(len, result.stderr.splitlines())) < 300
     assert not target.exists()
     prompts.write_text("")
     assert run(directory, f"prompts={prompts}", f"output={target}").returncode == 0
