@@ -15,6 +15,7 @@ from s1jax.decoding.benchmark import unending_rows
 from s1jax.decoding.generate import STEPS_PER_CHUNK, bucket
 from s1jax.decoding.loop import decode_chunk, empty_cache
 from s1jax.decoding.sampling import Sampling
+from s1jax.device_memory import limit_bytes
 from s1jax.mesh import make_mesh
 from s1jax.model.qwen import Params, Qwen
 from s1jax.planning.estimate import estimate, latency
@@ -35,7 +36,7 @@ def run(report: Report, sizes: Sizes) -> None:
         model = Qwen(config, param_dtype=jnp.bfloat16)
         with jax.set_mesh(make_mesh(1, 1, 1, [device])):
             case = f"{name}, {length:,} tokens, {rows} rows"
-            memory = (device.memory_stats() or {}).get("bytes_limit")
+            memory = limit_bytes(device)
             needed = _bytes(model.abstract_params(stacked=False)) + _bytes(_abstract_cache(model, rows, length))
             if memory and needed > _MOST_OF_MEMORY * memory:
                 report.leave_out("Decoding", case, f"{needed / 2**30:.0f} GiB of weights and cache")

@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from s1jax.device_memory import limit_bytes
+
 Row = dict[str, Any]
 _LEAST_SECONDS = 5.0
 """That the first case of a table is given; the others as long as the slowest before took."""
@@ -31,7 +33,7 @@ class Report:
             "device": device.device_kind,
             "platform": device.client.platform_version.splitlines()[0],
             "jax": jax.__version__,
-            "memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
+            "memory_bytes": limit_bytes(device),
         }
 
     @property

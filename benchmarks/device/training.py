@@ -13,6 +13,7 @@ from benchmarks.device.sizes import Sizes
 from benchmarks.device.timing import seconds_of, shares_of_time
 from s1jax.config import OptimizerSection
 from s1jax.data.packing import Batch
+from s1jax.device_memory import limit_bytes
 from s1jax.mesh import make_mesh
 from s1jax.model.config import QwenConfig
 from s1jax.model.flops import peak_flops, training_flops
@@ -31,7 +32,7 @@ def run(report: Report, sizes: Sizes) -> None:
 
 def _step(report: Report, name: str, config: QwenConfig, sizes: Sizes) -> Row:
     device = jax.local_devices()[0]
-    memory = (device.memory_stats() or {}).get("bytes_limit", 0)
+    memory = limit_bytes(device) or 0
     mesh, section = make_mesh(1, 1, 1, [device]), OptimizerSection()
     config = replace(config, num_hidden_layers=_layers(config, sizes.training_memory * memory))
     model = Qwen(config, remat="gate")

@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -120,7 +121,25 @@ class StepLoader(Iterator[Batch]):
     @cached_property
     def shapes(self) -> dict[Shape, int]:
         """How many of all the steps have each shape."""
-        return dict(Counter(self._plan(step).shape for step in range(len(self))))
+        return self.shapes_of(range(len(self)))
+
+    def shapes_of(self, steps: range) -> dict[Shape, int]:
+        """How many of these steps, counted from 0, have each shape."""
+        return dict(Counter(self._plan(step).shape for step in steps))
+
+    def abstract_batch(self, shape: Shape, sharding: jax.sharding.Sharding) -> Batch:
+        """Shapes and dtypes of all processes' rows of a step of that shape, to compile for."""
+        rows = (self._num_microbatches, shape.rows // self._num_microbatches)
+        columns = {"segment_lengths": self.most_segments}
+        dtypes = {"weights": np.float32}
+        return Batch(
+            *(
+                jax.ShapeDtypeStruct(
+                    (*rows, columns.get(name, shape.length)), dtypes.get(name, np.int32), sharding=sharding
+                )
+                for name in Batch._fields
+            )
+        )
 
     @cached_property
     def squared_lengths(self) -> dict[Shape, float]:

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import AbstractMesh
 
 from s1jax.config import DecodingMeshSection
+from s1jax.device_memory import limit_bytes
 from s1jax.mesh import MESH_AXES, MeshError, device_bytes
 from s1jax.model.qwen import Qwen
 
@@ -32,7 +33,7 @@ def machine_of(devices: Sequence[jax.Device]) -> Machine:
     first = devices[0]
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     hosts = slices if first.platform == "tpu" else len({device.process_index for device in devices})
-    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    memory = limit_bytes(jax.local_devices()[0])
     return Machine(len(devices), len(devices) // hosts, memory)
 
 

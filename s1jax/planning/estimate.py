@@ -71,17 +71,6 @@ def compile_within_memory(lowered: Any, what: str, target: Target) -> Any:
         raise PlanError(f"{what} do not fit {target}: {reason.strip()}") from None
 
 
-def temporaries(compiled: Any, platform: str) -> int:
-    """Bytes that a compiled program needs beside its arguments, results that take over an argument's place aside.
-
-    On TPU all temporaries together are far more than are there at once, and the compiler's own peak counts.
-    """
-    analysis = compiled.memory_analysis()
-    if platform == "tpu":
-        return int(analysis.peak_memory_in_bytes - analysis.argument_size_in_bytes)
-    return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
-
-
 def estimate(program: Program, target: Target, mesh: Mesh, *, efficiency: float, kernel_flops: float = 0.0) -> Estimate:
     """The roofline of one run; `kernel_flops` are those of one device that the program's HLO does not show.
 

@@ -16,6 +16,7 @@ from s1jax.decoding.budget import RowParams, RowState, Tables
 from s1jax.decoding.generate import STEPS_PER_CHUNK, bucket
 from s1jax.decoding.loop import Rows, Shared, decode_chunk
 from s1jax.decoding.setup import sampling_of
+from s1jax.device_memory import temporaries
 from s1jax.mesh import batch_shards, device_bytes, make_mesh, named_sharding
 from s1jax.model.load import build_model
 from s1jax.model.placement import Machine, decoding_mesh_sizes
@@ -28,7 +29,6 @@ from s1jax.planning.estimate import (
     compile_within_memory,
     estimate,
     latency,
-    temporaries,
     usable_bytes,
 )
 from s1jax.planning.hardware import GIB, PlanError, Target, parse_target

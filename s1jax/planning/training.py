@@ -17,14 +17,15 @@ from jax.sharding import Mesh
 from s1jax.config import Remat, TrainConfig
 from s1jax.data.examples import Example
 from s1jax.data.loader import StepLoader
-from s1jax.data.packing import Batch, Shape
+from s1jax.data.packing import Shape
+from s1jax.device_memory import temporaries
 from s1jax.mesh import device_bytes, make_mesh
 from s1jax.model.architectures import known_architecture
 from s1jax.model.config import QwenConfig
 from s1jax.model.flops import attention_flops, matmul_parameters
 from s1jax.model.qwen import Qwen
 from s1jax.paths import BucketPath, any_path
-from s1jax.planning.estimate import Estimate, Memory, compile_within_memory, estimate, temporaries, usable_bytes
+from s1jax.planning.estimate import Estimate, Memory, compile_within_memory, estimate, usable_bytes
 from s1jax.planning.hardware import PlanError, Target
 from s1jax.planning.hlo import Collective, Program
 from s1jax.planning.lengths import example_lengths
@@ -203,9 +204,9 @@ class _Planner:
         """Compile the step for rows of this shape. Raises PlanError if the compiler finds no room for it."""
         started = time.perf_counter()
         rows, length = shape
-        batch = self._batch(shape)
+        batch = self._loader.abstract_batch(shape, batch_sharding(self._mesh))
         model = for_rows(self._model, self._config.model, length)
-        step: Any = compile_step(model, self._config.optimizer, self.total_steps, self._mesh)
+        step = compile_step(model, self._config.optimizer, self.total_steps, self._mesh)
         with jax.set_mesh(self._mesh):
             compiled = compile_within_memory(step.lower(self._state, batch), f"{rows} rows x {length}", self._target)
         seconds = time.perf_counter() - started
@@ -231,21 +232,6 @@ class _Planner:
             score_arrays=sum(shape.dimensions.count(length) >= 2 for shape in program.shapes()),
             estimate=estimate(program, self._target, self._mesh, efficiency=efficiency, kernel_flops=kernel_flops),
             compile_seconds=seconds,
-        )
-
-    def _batch(self, shape: Shape) -> Batch:
-        microbatches = self._config.training.gradient_accumulation_steps
-        rows = (microbatches, shape.rows // microbatches)
-        columns = {"segment_lengths": self._loader.most_segments}
-        dtypes = {"weights": jnp.float32}
-        sharding = batch_sharding(self._mesh)
-        return Batch(
-            *(
-                jax.ShapeDtypeStruct(
-                    (*rows, columns.get(name, shape.length)), dtypes.get(name, jnp.int32), sharding=sharding
-                )
-                for name in Batch._fields
-            )
         )
 
     def _kernel_flops(self, program: Program, shape: Shape, remat: Remat) -> float:

@@ -4,7 +4,7 @@ import hashlib
 import importlib.metadata
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +12,13 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jax.stages import Compiled, Lowered
 
-from s1jax.config import Remat, TrainConfig, TrainedModelSection
+from s1jax.config import TrainConfig, TrainedModelSection
 from s1jax.config_reader import to_dict
 from s1jax.data.examples import Dataset, Example, load_examples
 from s1jax.data.loader import StepLoader
-from s1jax.data.packing import Batch
+from s1jax.data.packing import Batch, Shape
 from s1jax.device_memory import keep_freed_memory
 from s1jax.mesh import batch_shards, make_mesh, process_row_shard
 from s1jax.model.config import QwenConfig
@@ -32,11 +33,11 @@ from s1jax.processes import agree_each, same_everywhere, see_same_directory, sta
 from s1jax.tokenizer import checked_vocabulary, load_tokenizer
 from s1jax.training.checkpoint import Cadence, Checkpoints
 from s1jax.training.metrics import Tracker, check_trackers, open_trackers, save_provenance
+from s1jax.training.programs import compile_all
 from s1jax.training.run_directory import RunError, check_config, exclusive, settings
 from s1jax.training.step import (
     StepMetrics,
     TrainState,
-    TrainStep,
     abstract_state,
     batch_sharding,
     compile_loss,
@@ -133,7 +134,8 @@ class _Run:
         )
         self.loader = self._loader(dataset.examples)
         self.total_steps = min(len(self.loader), config.training.max_steps or len(self.loader))
-        self._compiled: dict[Remat, TrainStep] = {}
+        self._steps_by_shape: dict[Shape, Compiled] = {}
+        self._losses_by_shape: dict[Shape, Compiled] = {}
         self._dataset, self._fingerprint = dataset, _fingerprint(dataset.examples)
 
     def agree(self) -> None:
@@ -176,6 +178,7 @@ class _Run:
         )
         with jax.set_mesh(self.mesh), Termination() as termination:
             state = self._start(checkpoints)
+            together(lambda: self._compile(int(state.step)))
             trackers = self._trackers(int(state.step))
             state = self._steps(state, checkpoints, trackers, termination)
             for tracker in trackers:
@@ -209,6 +212,26 @@ class _Run:
             print(f"going on from the checkpoint of step {int(restored.state.step)}", flush=True)
         return restored.state
 
+    def _compile(self, first_step: int) -> None:
+        """Compile what the steps after that one need. Raises RunError where the device has no room for them."""
+        started = time.perf_counter()
+        section, sharding = self.config.optimizer, batch_sharding(self.mesh)
+        state = abstract_state(self.model, section, self.mesh)
+
+        def lower_step(shape: Shape) -> Lowered:
+            model = for_rows(self.model, self.config.model, shape.length)
+            step = compile_step(model, section, self.total_steps, self.mesh)
+            return step.lower(state, self.loader.abstract_batch(shape, sharding))
+
+        self._steps_by_shape = compile_all(lower_step, self.loader.shapes_of(range(first_step, self.total_steps)))
+        if held_out := self.eval_loader:
+            loss = compile_loss(self.model, self.mesh)
+            self._losses_by_shape = compile_all(
+                lambda shape: loss.lower(state.params, held_out.abstract_batch(shape, sharding)), held_out.shapes
+            )
+        if jax.process_index() == 0:
+            print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
+
     def _trackers(self, first_step: int) -> list[Tracker]:
         if jax.process_index():
             return []
@@ -219,16 +242,15 @@ class _Run:
     ) -> TrainState:
         """Take steps until all are taken, or the run is told to end and has been saved."""
         training, cadence = self.config.training, Cadence(self.config.checkpoint)
-        evaluate = compile_loss(self.model, self.mesh) if self.eval_loader else None
         bad_steps = 0
         for step in range(int(state.step) + 1, self.total_steps + 1):
             started = time.perf_counter()
             batch = self._to_devices(next(self.loader))
-            state, metrics = jax.block_until_ready(self._step_for(batch)(state, batch))
+            state, metrics = jax.block_until_ready(self._steps_by_shape[_shape(batch)](state, batch))
             numbers = self._numbers(step, batch, metrics, time.perf_counter() - started)
             bad_steps = 0 if metrics.finite else bad_steps + 1
-            if evaluate and (step % training.eval_every == 0 or step == self.total_steps):
-                numbers["eval_loss"] = self._evaluate(evaluate, state.params)
+            if self.eval_loader and (step % training.eval_every == 0 or step == self.total_steps):
+                numbers["eval_loss"] = self._evaluate(state.params)
             for tracker in trackers:
                 tracker.log(step, numbers)
             if bad_steps >= training.max_bad_steps:
@@ -253,13 +275,6 @@ class _Run:
             if stop:
                 break
         return state
-
-    def _step_for(self, batch: Batch) -> TrainStep:
-        """The step with what is to be kept of rows as long as these."""
-        model = for_rows(self.model, self.config.model, batch.input_ids.shape[-1])
-        if model.remat not in self._compiled:
-            self._compiled[model.remat] = compile_step(model, self.config.optimizer, self.total_steps, self.mesh)
-        return self._compiled[model.remat]
 
     def _to_devices(self, batch: Batch) -> Batch:
         """This process's rows as its part of arrays that span the mesh."""
@@ -290,7 +305,7 @@ class _Run:
             numbers["mfu"] = flops / seconds / peak
         return numbers
 
-    def _evaluate(self, evaluate: Callable[[Params, Batch], jax.Array], params: Params) -> float:
+    def _evaluate(self, params: Params) -> float:
         """Mean loss over the held-out examples, averaged as in training."""
         assert self.eval_loader is not None
         self.eval_loader.set_state({**self.eval_loader.get_state(), "step": 0})
@@ -298,9 +313,15 @@ class _Run:
         for step, batch in enumerate(self.eval_loader):
             counts = self.eval_loader.counts(step)
             share = counts.examples if self.config.training.loss_average == "sample" else counts.trained_tokens
-            total += share * float(evaluate(params, self._to_devices(batch)))
+            batch = self._to_devices(batch)
+            total += share * float(self._losses_by_shape[_shape(batch)](params, batch))
             weight += share
         return total / weight
+
+
+def _shape(batch: Batch) -> Shape:
+    microbatches, rows, length = batch.input_ids.shape
+    return Shape(microbatches * rows, length)
 
 
 def _fingerprint(examples: list[Example]) -> str:

@@ -1,6 +1,5 @@
 """The compiled training step: loss, gradients over the microbatches, and the update."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Wrapped
 from jaxtyping import Array, Bool, Float, Int
 
 from s1jax.config import OptimizerSection
@@ -38,8 +38,6 @@ class StepMetrics(NamedTuple):
 _GPU_OPTIONS = {"xla_gpu_memory_limit_slop_factor": "117"}
 """Percent of what XLA takes for a GPU's room, which is 80% of its memory: up to there it does not trade arithmetic for
 memory again, beyond what `remat` has said."""
-
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -91,7 +89,7 @@ def train_step(
     return TrainState(state.step + 1, params, optimizer), StepMetrics(value, grad_norm, rate, finite)
 
 
-def compile_step(model: Qwen, section: OptimizerSection, total_steps: int, mesh: Mesh) -> TrainStep:
+def compile_step(model: Qwen, section: OptimizerSection, total_steps: int, mesh: Mesh) -> Wrapped:
     """The step jitted for the mesh: state in and out where `abstract_state` says, its buffers reused."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, section, mesh))
     on_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
@@ -104,7 +102,7 @@ def compile_step(model: Qwen, section: OptimizerSection, total_steps: int, mesh:
     )
 
 
-def compile_loss(model: Qwen, mesh: Mesh) -> Callable[[Params, Batch], Float[Array, ""]]:
+def compile_loss(model: Qwen, mesh: Mesh) -> Wrapped:
     """The loss of a whole batch of held-out examples, jitted for the mesh."""
 
     def evaluate(params: Params, batch: Batch) -> Float[Array, ""]:
