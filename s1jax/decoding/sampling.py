@@ -1,6 +1,7 @@
 """Samplers: one token per row from its logits, with the row's own key: no row depends on its batch."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -82,19 +83,18 @@ def sample(
 
     scores = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
     ids = None
-    if sampling.top_k is not None or sampling.top_p < 1:
+    if sampling.top_k is not None:
         # Both draws come from one sort: without the end tokens, the rest is still in order. And however
         # many of the end tokens are among the first, top_k + ends candidates hold the top_k others.
-        candidates = vocab if sampling.top_k is None else min(sampling.top_k + end_tokens.shape[0], vocab)
-        scores, ids = jax.lax.top_k(scores, candidates)
+        scores, ids = jax.lax.top_k(scores, min(sampling.top_k + end_tokens.shape[0], vocab))
         is_end = is_end[ids]
 
     # Gumbel-max: the arg-max of scores plus Gumbel noise is a draw from their softmax. The "high" mode has
     # the far tail too, which a vocabulary of 150,000 does reach.
     size = scores.shape[-1]
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (2, size), jnp.float32, mode="high"))(keys)
-    both = jnp.stack([_filter(scores, sampling), _filter(jnp.where(is_end, -jnp.inf, scores), sampling)], 1)
-    drawn = _argmax(both + noise)
+    both = jnp.stack([scores, jnp.where(is_end, -jnp.inf, scores)], 1)
+    drawn = _argmax(_filter(both, sampling) + noise)
     if ids is not None:
         drawn = jnp.take_along_axis(ids, drawn, axis=-1)
     return drawn[:, 0], drawn[:, 1]
@@ -112,19 +112,50 @@ def _argmax(scores: Float[Array, "*rows candidates"]) -> Int[Array, "*rows"]:
     return (block * size + inside)[..., 0].astype(jnp.int32)
 
 
-def _filter(scores: Float[Array, "batch candidates"], sampling: Sampling) -> Float[Array, "batch candidates"]:
-    """Mask what the filters take away; for top_k and top_p the scores are in falling order, -inf anywhere."""
+def _filter(scores: Float[Array, "batch 2 candidates"], sampling: Sampling) -> Float[Array, "batch 2 candidates"]:
+    """Mask what the filters take away; for top_k the scores, at most 0, are in falling order, -inf anywhere."""
     if sampling.top_k is not None:
         rank = jnp.cumsum(scores > -jnp.inf, axis=-1)
         scores = jnp.where(rank <= sampling.top_k, scores, -jnp.inf)
-    if sampling.top_p < 1:
+    if sampling.top_p < 1 and sampling.top_k is not None:
         probabilities = jax.nn.softmax(scores, axis=-1)
         more_probable = jnp.cumsum(probabilities, axis=-1) - probabilities
         scores = jnp.where(more_probable < sampling.top_p, scores, -jnp.inf)
+    elif sampling.top_p < 1:
+        scores = jnp.where(most_probable(scores, sampling.top_p), scores, -jnp.inf)
     if sampling.min_p > 0:
         lowest = scores.max(axis=-1, keepdims=True) + math.log(sampling.min_p)
         scores = jnp.where(scores >= lowest, scores, -jnp.inf)
     return scores
+
+
+def most_probable(scores: Float[Array, "*rows vocab"], share: float) -> Bool[Array, "*rows vocab"]:
+    """Which ids are in the smallest set of most probable ones whose probabilities add up to at least `share`.
+
+    Of equal ones the lower ids; scores are at most 0. Nothing is sorted: an id is in the set if those before it have
+    less than `share`, so the last one's score, and then its id, is found bit by bit, each by a sum over the vocabulary,
+    of which every device may have its part.
+    """
+    probabilities = jax.nn.softmax(scores, axis=-1)
+    # The bits of floats from 0 on, read as a whole number, are in the order of the floats.
+    distances = jax.lax.bitcast_convert_type(jnp.abs(scores), jnp.uint32)
+    ids = jnp.arange(scores.shape[-1], dtype=jnp.uint32)
+
+    def last(before: Callable[[Array], Array], bits: int) -> Array:
+        """The greatest number for which the ids before it have less than `share`."""
+
+        def try_bit(i: Array, found: Array) -> Array:
+            higher = found | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
+            mass = jnp.where(before(higher), probabilities, 0).sum(axis=-1, keepdims=True)
+            return jnp.where(mass < share, higher, found)
+
+        return jax.lax.fori_loop(0, bits, try_bit, jnp.zeros((*scores.shape[:-1], 1), jnp.uint32))
+
+    distance = last(lambda number: distances < number, 31)
+    nearer, equal = distances < distance, distances == distance
+    return nearer | (
+        equal & (ids <= last(lambda number: nearer | (equal & (ids < number)), scores.shape[-1].bit_length()))
+    )
 
 
 def token_logprobs(logits: Float[Array, "batch vocab"], ids: Int[Array, " batch"]) -> Float[Array, " batch"]:

@@ -2,9 +2,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 from scipy import stats
 
-from s1jax.decoding.sampling import Sampling, request_key, sample, step_keys, token_logprobs
+from s1jax.decoding.sampling import Sampling, most_probable, request_key, sample, step_keys, token_logprobs
+from s1jax.mesh import make_mesh, named_sharding
+from s1jax.planning.hlo import Program
 
 VOCAB = 24
 PADDING = np.arange(20, VOCAB)
@@ -43,7 +48,10 @@ def distribution(sampling: Sampling, masked: bool) -> np.ndarray:
     return p / p.sum()
 
 
+SCORES = [0.0, -0.0, -1e-45, -0.5, -1.0, -1.0000001, -3.0, -20.0, -200.0, -3e38, -np.inf]
+
 sample_compiled = jax.jit(sample, static_argnames="sampling")
+most_probable_compiled = jax.jit(most_probable, static_argnums=1)
 
 
 COUNT = 20_000
@@ -65,6 +73,40 @@ def test_draws_have_the_exact_distribution(sampling):
         assert observed[~support].sum() == 0
         if support.sum() > 1:
             assert stats.chisquare(observed[support], expected[support]).pvalue > 1e-3
+
+
+@given(
+    st.sampled_from([1, 2, 37, 300]).flatmap(
+        lambda size: arrays.arrays(np.float32, (2, size), elements=st.sampled_from(SCORES))
+    ),
+    st.sampled_from([0.001, 0.3, 0.5, 0.95, 0.999]),
+)
+def test_the_most_probable_ids_are_those_of_a_sort(scores, share):
+    scores[:, -1] = 0
+    for row, kept in zip(scores, np.asarray(most_probable_compiled(scores, share)), strict=True):
+        order = np.argsort(-row, kind="stable")
+        p = np.exp(row[order].astype(float))
+        before = np.concatenate([[0], np.cumsum(p / p.sum())[:-1]])
+        # What sums in float32 cannot tell is left to them.
+        assert kept[order][before < share - 1e-5].all()
+        assert not kept[order][before > share + 1e-5].any()
+        assert (np.diff(kept[order].astype(int)) <= 0).all()
+
+
+def test_a_vocabulary_in_parts_is_not_gathered():
+    logits = jax.ShapeDtypeStruct(
+        (8, 8192), jnp.float32, sharding=named_sharding(make_mesh(1, 2, 8), ("batch", "vocab"), (8, 8192))
+    )
+    keys = jax.eval_shape(lambda: jax.random.split(request_key(0, 0, 0), 8))
+    lowered = sample_compiled.lower(logits, keys, Sampling(temperature=1.0, top_p=0.9), np.ones(8192, bool), ENDS)
+    exchanged = [collective.num_bytes for collective in Program(lowered.compile().as_text()).collectives]
+    # Sums and maxima of rows, and the 128 scores of the block that has a row's greatest; logits are 262,144 bytes.
+    assert 0 < max(exchanged) <= 4 * 8 * 2 * 128
+
+
+def test_equal_scores_are_kept_from_the_lowest_id_on():
+    kept = np.asarray(most_probable(jnp.zeros((2, 8)), 0.4))
+    np.testing.assert_array_equal(kept, np.broadcast_to(np.arange(8) < 4, (2, 8)))
 
 
 def test_a_redrawn_end_token_has_the_masked_distribution():
