@@ -1,10 +1,14 @@
 """s1 in JAX: fine-tune Qwen on reasoning traces, then control how long it thinks inside the compiled loop."""
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from s1jax.decoding.api import Sampling, ThinkingBudget, generate, load
+
+# Where there is no PyTorch transformers says so at each start; nothing here needs it.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __all__ = ["Sampling", "ThinkingBudget", "generate", "load"]
 

@@ -16,6 +16,7 @@ _FREE |= {
     "conditional",
     "call",
     "call-start",
+    "call-update",
     "call-done",
     "partition-id",
     "replica-id",
