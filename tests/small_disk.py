@@ -1,5 +1,6 @@
 """A disk of a few pages, to be filled."""
 
+import gc
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,4 +18,6 @@ def small_disk(directory: Path, size: str) -> Iterator[Path]:
     try:
         yield directory
     finally:
+        # A file that only a caught error's traceback still holds keeps the disk busy.
+        gc.collect()
         subprocess.run(["umount", directory], check=True)
