@@ -86,11 +86,11 @@ def _value(tree: Any, rng: random.Random) -> Any:
     while waiting:
         node = waiting.pop()
         # A YAML alias may make a list hold itself.
-        if id(node) in seen and isinstance(node, dict | list):
+        if not isinstance(node, dict | list) or id(node) in seen:
             continue
         seen.add(id(node))
         # Not all of a vocabulary: what is around it is as likely.
-        keys = list(node) if isinstance(node, dict) else list(range(len(node))) if isinstance(node, list) else []
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
         for key in keys if len(keys) < 50 else rng.sample(keys, 50):
             places.append((node, key))
             waiting.append(node[key])

@@ -6,6 +6,7 @@ import resource
 import sys
 from typing import Any
 
+GIB = 2**30
 GPU_MEMORY_FRACTION = 0.94
 """The rest, about 5 GiB of an H100, is for the driver, CUDA libraries and NCCL."""
 
@@ -45,14 +46,3 @@ def peak_resident_bytes() -> int:
 def limit_bytes(device: Any) -> int | None:
     """Bytes that jax may take of a device's memory; None where it does not say, as of a CPU's."""
     return (device.memory_stats() or {}).get("bytes_limit")
-
-
-def temporaries(compiled: Any, platform: str) -> int:
-    """Bytes that a compiled program needs beside its arguments, results that take over an argument's place aside.
-
-    On TPU all temporaries together are far more than are there at once, and the compiler's own peak counts.
-    """
-    analysis = compiled.memory_analysis()
-    if platform == "tpu":
-        return int(analysis.peak_memory_in_bytes - analysis.argument_size_in_bytes)
-    return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)

@@ -118,6 +118,7 @@ def _filter(scores: Float[Array, "batch 2 candidates"], sampling: Sampling) -> F
         rank = jnp.cumsum(scores > -jnp.inf, axis=-1)
         scores = jnp.where(rank <= sampling.top_k, scores, -jnp.inf)
     if sampling.top_p < 1 and sampling.top_k is not None:
+        # So few, in order already, that running sums are the cheaper way.
         probabilities = jax.nn.softmax(scores, axis=-1)
         more_probable = jnp.cumsum(probabilities, axis=-1) - probabilities
         scores = jnp.where(more_probable < sampling.top_p, scores, -jnp.inf)

@@ -7,11 +7,10 @@ import jax
 from jax.sharding import AbstractMesh
 
 from s1jax.config import DecodingMeshSection
-from s1jax.device_memory import limit_bytes
+from s1jax.device_memory import GIB, limit_bytes
 from s1jax.mesh import MESH_AXES, MeshError, device_bytes
 from s1jax.model.qwen import Qwen
 
-GIB = 2**30
 _WORTH_DIVIDING = 2 * GIB
 """Weights on a device: fewer are read in about the time that the exchanges of a further division take."""
 _MOST_OF_MEMORY = 0.8

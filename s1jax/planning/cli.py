@@ -8,9 +8,10 @@ from itertools import product
 import jax
 
 from s1jax.config import Remat, TrainConfig
+from s1jax.device_memory import GIB
 from s1jax.model.config import QwenConfig
 from s1jax.paths import any_path, write_whole
-from s1jax.planning.hardware import GIB, PlanError, Target, parse_target
+from s1jax.planning.hardware import PlanError, Target, parse_target
 from s1jax.planning.report import assumptions, describe, ranking
 from s1jax.planning.training import TrainingPlan, plan_run, resolve_architecture
 

@@ -4,9 +4,10 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
-from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
+from jax.stages import Lowered
 
+from s1jax.compiling import NoRoomError, compile_within_memory
 from s1jax.device_memory import GPU_MEMORY_FRACTION
 from s1jax.planning.hardware import Hardware, PlanError, Target
 from s1jax.planning.hlo import Collective, Program
@@ -60,15 +61,12 @@ def usable_bytes(hardware: Hardware) -> int:
     return int(hardware.memory_bytes * (GPU_MEMORY_FRACTION if hardware.platform == "cuda" else 1.0))
 
 
-def compile_within_memory(lowered: Any, what: str, target: Target) -> Any:
-    """Compile. Raises PlanError if the compiler finds no room for it, which for GPUs it does not look for."""
+def compile_for(target: Target, lowered: Lowered, what: str) -> Any:
+    """Compile `what`. Raises PlanError if the compiler finds no room for it on the target."""
     try:
-        return lowered.compile()
-    except JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        reason = next((line for line in str(error).splitlines() if "Used" in line), str(error).splitlines()[0])
-        raise PlanError(f"{what} do not fit {target}: {reason.strip()}") from None
+        return compile_within_memory(lowered)
+    except NoRoomError as error:
+        raise PlanError(f"{what} do not fit {target}: {error}") from None
 
 
 def estimate(program: Program, target: Target, mesh: Mesh, *, efficiency: float, kernel_flops: float = 0.0) -> Estimate:

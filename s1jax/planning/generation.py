@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from s1jax.compiling import temporaries
 from s1jax.config import GenerateConfig
 from s1jax.decoding.budget import RowParams, RowState, Tables
 from s1jax.decoding.generate import STEPS_PER_CHUNK, bucket
 from s1jax.decoding.loop import Rows, Shared, decode_chunk
 from s1jax.decoding.setup import sampling_of
-from s1jax.device_memory import temporaries
+from s1jax.device_memory import GIB
 from s1jax.mesh import batch_shards, device_bytes, make_mesh, named_sharding
 from s1jax.model.load import build_model
 from s1jax.model.placement import Machine, decoding_mesh_sizes
@@ -26,12 +27,12 @@ from s1jax.planning.cli import DOES_NOT_FIT
 from s1jax.planning.estimate import (
     Estimate,
     Memory,
-    compile_within_memory,
+    compile_for,
     estimate,
     latency,
     usable_bytes,
 )
-from s1jax.planning.hardware import GIB, PlanError, Target, parse_target
+from s1jax.planning.hardware import PlanError, Target, parse_target
 from s1jax.planning.hlo import Collective, Program
 from s1jax.planning.traffic import launches, memory_traffic
 from s1jax.planning.training import resolve_architecture
@@ -165,7 +166,7 @@ def plan_generation(config: GenerateConfig, target: Target, devices: Sequence[ja
             cache,
             _abstract_rows(rows),
         )
-        compiled = compile_within_memory(lowered, f"{rows} rows x {slots}", target)
+        compiled = compile_for(target, lowered, f"{rows} rows x {slots}")
     program = Program(compiled.as_text())
     memory = Memory(device_bytes(params), 0, device_bytes(cache), temporaries(compiled, target.hardware.platform))
     usable = usable_bytes(target.hardware)

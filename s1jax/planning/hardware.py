@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from s1jax.device_memory import GIB
 from s1jax.model.flops import PEAK_FLOPS
 
-GIB = 2**30
 _CUDNN = 91_000
 """The version of cuDNN that GPUs are planned with, 9.10, as cuDNN writes it."""
 

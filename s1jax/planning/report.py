@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from s1jax.config import PlanSection
-from s1jax.planning.hardware import GIB, Target
+from s1jax.device_memory import GIB
+from s1jax.planning.hardware import Target
 from s1jax.planning.storage import Storage
 from s1jax.planning.training import TrainingPlan
 

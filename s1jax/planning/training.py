@@ -14,18 +14,18 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from jax.sharding import Mesh
 
+from s1jax.compiling import temporaries
 from s1jax.config import Remat, TrainConfig
 from s1jax.data.examples import Example
 from s1jax.data.loader import StepLoader
 from s1jax.data.packing import Shape
-from s1jax.device_memory import temporaries
 from s1jax.mesh import device_bytes, make_mesh
 from s1jax.model.architectures import known_architecture
 from s1jax.model.config import QwenConfig
 from s1jax.model.flops import attention_flops, matmul_parameters
 from s1jax.model.qwen import Qwen
 from s1jax.paths import BucketPath, any_path
-from s1jax.planning.estimate import Estimate, Memory, compile_within_memory, estimate, usable_bytes
+from s1jax.planning.estimate import Estimate, Memory, compile_for, estimate, usable_bytes
 from s1jax.planning.hardware import PlanError, Target
 from s1jax.planning.hlo import Collective, Program
 from s1jax.planning.lengths import example_lengths
@@ -208,7 +208,7 @@ class _Planner:
         model = for_rows(self._model, self._config.model, length)
         step = compile_step(model, self._config.optimizer, self.total_steps, self._mesh)
         with jax.set_mesh(self._mesh):
-            compiled = compile_within_memory(step.lower(self._state, batch), f"{rows} rows x {length}", self._target)
+            compiled = compile_for(self._target, step.lower(self._state, batch), f"{rows} rows x {length}")
         seconds = time.perf_counter() - started
         self.parameters = self._parameters(compiled)
         program, config = Program(compiled.as_text()), self._model.config

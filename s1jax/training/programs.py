@@ -5,14 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-from jax.errors import JaxRuntimeError
 from jax.stages import Compiled, Lowered
 
+from s1jax.compiling import NoRoomError, compile_within_memory, temporaries
 from s1jax.data.packing import Shape
-from s1jax.device_memory import limit_bytes, temporaries
+from s1jax.device_memory import GIB, limit_bytes
 from s1jax.training.run_directory import RunError
-
-_GIB = 2**30
 
 
 def compile_all(lower: Callable[[Shape], Lowered], shapes: Iterable[Shape]) -> dict[Shape, Compiled]:
@@ -24,21 +22,19 @@ def compile_all(lower: Callable[[Shape], Lowered], shapes: Iterable[Shape]) -> d
     shapes = sorted(shapes)
     with ThreadPoolExecutor(max(1, len(shapes))) as threads:
         # Traced in this thread, which has the mesh in use; all are under way when the last one is traced.
-        waiting = {shape: threads.submit(lower(shape).compile) for shape in shapes}
+        waiting = {shape: threads.submit(compile_within_memory, lower(shape)) for shape in shapes}
     device = jax.local_devices()[0]
     limit = limit_bytes(device)
     programs = {}
     for shape, future in waiting.items():
         try:
             programs[shape] = future.result()
-        except JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise _no_room(shape, str(error).splitlines()[0]) from None
+        except NoRoomError as error:
+            raise _no_room(shape, str(error)) from None
         analysis: Any = programs[shape].memory_analysis()
         needed = analysis.argument_size_in_bytes + temporaries(programs[shape], device.platform)
         if limit is not None and needed > limit:
-            raise _no_room(shape, f"{needed / _GIB:.1f} GiB are needed and {limit / _GIB:.1f} GiB may be used")
+            raise _no_room(shape, f"{needed / GIB:.1f} GiB are needed and {limit / GIB:.1f} GiB may be used")
     return programs
 
 

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 from s1jax.config import DecodingMeshSection
+from s1jax.device_memory import GIB
 from s1jax.mesh import MeshError, make_mesh
 from s1jax.model.architectures import known_architecture
-from s1jax.model.placement import GIB, Machine, MeshSizes, decoding_mesh_sizes, described
+from s1jax.model.placement import Machine, MeshSizes, decoding_mesh_sizes, described
 from s1jax.model.qwen import Qwen
 from tests.decoding.conftest import ROOT, environment
 from tests.tiny import QWEN2, model_directory

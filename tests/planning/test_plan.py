@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import pytest
 
+from s1jax.device_memory import GIB
 from s1jax.model.architectures import known_architecture
 from s1jax.model.qwen import Qwen
-from s1jax.planning.hardware import GIB
 from tests.planning.conftest import plan, run
 from tests.tiny import QWEN2, model_directory
 
