@@ -49,7 +49,7 @@ def attention(
     the segments of each row, 1, 2, ... in order and zeros after them; only "cudnn" reads them.
 
     `implementation`: "plain" holds all scores at once; "chunked" a bounded number, on any platform; "blocks" and
-    "kernel" (one device with AVX-512; computes in float32) are for CPU, "cudnn" (half precision; packed rows from
+    "kernel" (one device; computes in float32) are for CPU, "cudnn" (half precision; packed rows from
     Hopper on) for GPU, "splash" for TPU; "auto" takes the best that applies.
     Raises ValueError where an implementation named outright does not apply.
     """
@@ -195,7 +195,7 @@ def _blocks(query: Heads, key: KeyValueHeads, value: KeyValueHeads, segment_ids:
 
 def _kernel(query: Heads, key: KeyValueHeads, value: KeyValueHeads, segment_ids: Array | None, _: Any) -> Heads:
     if not cpu_kernel.available(jnp.float32):
-        raise ValueError("attention: kernel runs on one CPU device with AVX-512")
+        raise ValueError("attention: kernel runs on one CPU device, for which a C++ compiler makes it")
     if segment_ids is None:
         segment_ids = jnp.ones(query.shape[:2], jnp.int32)
     wide = (x.astype(jnp.float32) for x in (query, key, value))

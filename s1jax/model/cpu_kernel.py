@@ -1,13 +1,15 @@
 """What decoding and training do most, as fast as a CPU reads or multiplies: the kernels in the folder `cpu`.
 
-They are for processors with AVX-512, and compiled when they are first needed, in some seconds, and kept in the user's
-cache. On other processors, and without a C++ compiler, XLA's own products are used.
+They are compiled for the processor at hand when they are first needed, in some seconds, and kept in the user's cache.
+Without a C++ compiler, XLA's own products are used. $S1JAX_CPU_VECTOR_BYTES has them compiled for narrower vectors than
+the processor's: 32 are AVX2's, 16 are NEON's.
 """
 
 import ctypes
 import functools
 import hashlib
 import os
+import platform as host
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -27,14 +28,13 @@ from s1jax.mesh import platform
 _FOLDER = Path(__file__).parent / "cpu"
 MATMUL = "s1jax_matmul"
 _FUNCTIONS = (
-    *("s1jax_multiply", "s1jax_attend", "s1jax_look_up"),
+    *("s1jax_multiply", "s1jax_attend"),
     *(MATMUL, "s1jax_attention", "s1jax_attention_gradients"),
-    *("s1jax_gated", "s1jax_gated_gradients", "s1jax_normalised", "s1jax_normalised_gradients"),
 )
-_INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl")
+_ARM = host.machine() in ("aarch64", "arm64")
 _FLAGS = (
-    *("-O3", "-mtune=icelake-server", *(f"-m{name}" for name in _INSTRUCTIONS)),
-    *("-std=c++17", "-shared", "-fPIC", "-w"),
+    *("-std=c++17", "-O3", "-ffp-contract=fast", "-fopenmp-simd", "-shared", "-fPIC", "-w"),
+    "-mcpu=native" if _ARM else "-march=native",
 )
 
 
@@ -58,11 +58,6 @@ def attend(
     Float32, as the query is, which is scaled already; the cache has a dtype that is `available`. No gradients.
     """
     return _call("s1jax_attend", query.shape, query, keys, values, last.astype(jnp.int32))
-
-
-def look_up(table: Float[Array, "entries size"], ids: Int[Array, " ids"]) -> Float[Array, "ids size"]:
-    """Entries of a table that has a dtype that is `available`, in float32. No gradients."""
-    return _call("s1jax_look_up", (ids.shape[0], table.shape[1]), table, ids.astype(jnp.int32))
 
 
 def matmul(
@@ -92,52 +87,20 @@ def packed_attention(
 
 
 def _packed_attention_forward(query: Array, key: Array, value: Array, segment_ids: Array) -> tuple[Array, Any]:
-    batch, length, heads, _ = query.shape
     operands = (query, key, value, segment_ids.astype(jnp.int32))
-    context, normalisers = _call("s1jax_attention", (query.shape, (batch, heads, length)), *operands)
-    return context, (*operands, context, normalisers)
+    context: Array = _call("s1jax_attention", query.shape, *operands)
+    return context, operands
 
 
-def _packed_attention_backward(kept: Any, gradient: Array) -> tuple[Array, Array, Array, None]:
-    shapes = tuple(x.shape for x in kept[:3])
-    return (*_call("s1jax_attention_gradients", shapes, *kept, gradient), None)
+def _packed_attention_backward(operands: Any, gradient: Array) -> tuple[Array, Array, Array, None]:
+    shapes = tuple(x.shape for x in operands[:3])
+    return (*_call("s1jax_attention_gradients", shapes, *operands, gradient), None)
 
 
 packed_attention.defvjp(_packed_attention_forward, _packed_attention_backward)
 
 
-def gated(gate: Float[Array, "*shape"], up: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """silu(gate) * up, in float32 as both are. No gradients; `gated_gradients` has them."""
-    product: Array = _call("s1jax_gated", gate.shape, gate, up)
-    return product
-
-
-def gated_gradients(gate: Array, up: Array, gradient: Array) -> tuple[Array, Array]:
-    """The gradients with respect to `gate` and `up`, given that of `gated`."""
-    gradients: tuple[Array, Array] = tuple(_call("s1jax_gated_gradients", (gate.shape, up.shape), gate, up, gradient))
-    return gradients
-
-
-def normalised(
-    x: Float[Array, "*rows size"], scale: Float[Array, " size"], epsilon: float
-) -> tuple[Float[Array, "*rows size"], Float[Array, "*rows 1"]]:
-    """Root-mean-square normalisation, then scaled, and the inverse root mean squares; in float32 as both are.
-
-    No gradients; `normalised_gradients` has them.
-    """
-    shapes = (x.shape, (*x.shape[:-1], 1))
-    results: tuple[Array, Array] = tuple(_call("s1jax_normalised", shapes, x, scale, epsilon=np.float32(epsilon)))
-    return results
-
-
-def normalised_gradients(x: Array, scale: Array, inverse: Array, gradient: Array) -> tuple[Array, Array]:
-    """The gradients with respect to `x` and `scale`, given that of what `normalised` returns first, and its second."""
-    shapes = (x.shape, scale.shape)
-    gradients: tuple[Array, Array] = tuple(_call("s1jax_normalised_gradients", shapes, x, scale, inverse, gradient))
-    return gradients
-
-
-def _call(function: str, shapes: Any, *arguments: Array, **attributes: bool | np.float32) -> Any:
+def _call(function: str, shapes: Any, *arguments: Array, **attributes: bool) -> Any:
     results = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes, is_leaf=lambda x: isinstance(x[0], int)
     )
@@ -151,52 +114,59 @@ def available(dtype: DTypeLike) -> bool:
     """
     mesh = jax.sharding.get_abstract_mesh()
     whole = mesh.empty or mesh.size == 1
-    return platform() == "cpu" and whole and dtype in (jnp.float32, jnp.bfloat16) and _register()
+    return platform() == "cpu" and whole and dtype in (jnp.float32, jnp.bfloat16) and _library() is not None
+
+
+def vector_bytes() -> int | None:
+    """The width of the kernels' vectors; None where programs of one device do without them."""
+    library = _library()
+    return ctypes.c_int.in_dll(library, "s1jax_vector_bytes").value if library else None
 
 
 @functools.cache
-def _register() -> bool:
-    if not _processor_has(*_INSTRUCTIONS):
-        return False
+def _library() -> ctypes.CDLL | None:
+    """The kernels, known to jax; without them a line says why."""
     named = os.environ.get("CXX", "c++")
     compiler = shutil.which(named)
-    if compiler is None:
-        return _unavailable(f"there is no C++ compiler called {named}; CXX names another")
     try:
-        library = ctypes.CDLL(str(_library(compiler)))
+        if compiler is None:
+            raise OSError(f"there is no C++ compiler called {named}; CXX names another")
+        library = ctypes.CDLL(str(_compiled([compiler, *_FLAGS, *_narrower()])))
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-        return _unavailable(f"{compiler}: {reason.strip()[-400:]}")
+        reason = f"{compiler}: {error.stderr}" if isinstance(error, subprocess.CalledProcessError) else str(error)
+        print(f"s1jax: this CPU is slower than it could be: {reason.strip()[-400:]}", file=sys.stderr)
+        return None
     for name in _FUNCTIONS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
-    return True
+    return library
 
 
-def _processor_has(*instructions: str) -> bool:
-    """Whether Linux, where the kernel was tried, lists these instructions."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return set(instructions) <= set(flags.split())
+def _narrower() -> tuple[str, ...]:
+    """What $S1JAX_CPU_VECTOR_BYTES asks the compiler for."""
+    asked = os.environ.get("S1JAX_CPU_VECTOR_BYTES")
+    if asked not in (None, "16", "32"):
+        raise ValueError(
+            f"S1JAX_CPU_VECTOR_BYTES={asked}: vectors of 16 or 32 bytes, or without it the widest there are"
+        )
+    # As on a processor without AVX-512, whose registers are half as many, too.
+    return ("-mno-avx512f", f"-DS1JAX_VECTOR_BYTES={asked}") if asked else ()
 
 
-def _unavailable(reason: str) -> bool:
-    print(f"s1jax: decoding on this CPU is slower than it could be: {reason}", file=sys.stderr)
-    return False
-
-
-def _library(compiler: str) -> Path:
-    """The shared library, compiled unless one of these sources and this jax is there."""
+def _compiled(command: list[str]) -> Path:
+    """The shared library, compiled unless it is there of these sources, jax, compiler and kind of processor."""
+    # The compiler names them all where it says what it defines.
+    macros = subprocess.run(
+        [*command, "-dM", "-E", "-x", "c++", "-"], stdin=subprocess.DEVNULL, check=True, capture_output=True, text=True
+    ).stdout
     files = sorted(_FOLDER.iterdir())
-    key = hashlib.sha256(b"".join(file.read_bytes() for file in files) + jax.__version__.encode()).hexdigest()[:16]
-    library = user_cache() / f"cpu_kernel-{key}.so"
+    parts = (*(file.read_bytes() for file in files), jax.__version__.encode(), *(map(str.encode, (*command, macros))))
+    library = user_cache() / f"cpu_kernel-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         sources = [str(file) for file in files if file.suffix == ".cc"]
         with tempfile.TemporaryDirectory(dir=library.parent) as directory:
             built = Path(directory, library.name)
-            command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", *sources, "-o", str(built)]
+            command = [*command, f"-I{jax.ffi.include_dir()}", *sources, "-o", str(built)]
             subprocess.run(command, check=True, capture_output=True, text=True)
             # Under its name only when it is whole: several processes may get here at once.
             built.replace(library)

@@ -1,7 +1,6 @@
 """What a layer computes between its products.
 
-On a CPU with gradients of their own, which keep less for the backward pass. Where there is a kernel, it computes them
-in training; decoding, which has no backward pass, leaves them to XLA.
+On a CPU with gradients of their own, which keep less for the backward pass.
 """
 
 from functools import partial
@@ -11,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from s1jax.mesh import platform
-from s1jax.model import cpu_kernel
 
 
 def gated(gate: Float[Array, "*shape"], up: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -24,13 +22,11 @@ def _gate(gate: Array, up: Array) -> Array:
 
 
 def _gated_forward(gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
-    return (cpu_kernel.gated if _has_kernel(gate) else _gate)(gate, up), (gate, up)
+    return _gate(gate, up), (gate, up)
 
 
 def _gated_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     gate, up = kept
-    if _has_kernel(gate):
-        return cpu_kernel.gated_gradients(gate, up, gradient)
     open_ = jax.nn.sigmoid(gate)
     return gradient * up * open_ * (1 + gate * (1 - open_)), gradient * gate * open_
 
@@ -58,14 +54,12 @@ def _normalised_on_cpu(x: Array, scale: Array, epsilon: float) -> Array:
 
 
 def _normalise_forward(x: Array, scale: Array, epsilon: float) -> tuple[Array, tuple[Array, Array, Array]]:
-    y, inverse = (cpu_kernel.normalised if _has_kernel(x, scale) else _normalise)(x, scale, epsilon)
+    y, inverse = _normalise(x, scale, epsilon)
     return y, (x, scale, inverse)
 
 
 def _normalise_backward(epsilon: float, kept: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, scale, inverse = kept
-    if _has_kernel(x, scale):
-        return cpu_kernel.normalised_gradients(x, scale, inverse, gradient)
     normal, gradient = x.astype(jnp.float32) * inverse, gradient.astype(jnp.float32)
     of_normal = gradient * scale
     shared = jnp.mean(of_normal * normal, axis=-1, keepdims=True)
@@ -74,7 +68,3 @@ def _normalise_backward(epsilon: float, kept: tuple[Array, Array, Array], gradie
 
 
 _normalised_on_cpu.defvjp(_normalise_forward, _normalise_backward)
-
-
-def _has_kernel(*operands: Array) -> bool:
-    return all(x.dtype == jnp.float32 for x in operands) and cpu_kernel.available(jnp.float32)

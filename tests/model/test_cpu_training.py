@@ -13,11 +13,9 @@ from s1jax.config import Implementation
 from s1jax.mesh import make_mesh
 from s1jax.model import cpu_kernel
 from s1jax.model.attention import attention
-from tests.model.test_projection import needs_kernel
 from tests.reference.attention import reference_attention
 
 
-@needs_kernel
 @settings(deadline=None, max_examples=40)
 @given(
     rows=st.integers(1, 90),
@@ -44,7 +42,6 @@ def test_matrices_are_multiplied_in_any_arrangement(
     np.testing.assert_allclose(product, exact, rtol=1e-5, atol=2e-5 * max(1.0, inputs / 200) ** 0.5)
 
 
-@needs_kernel
 def test_matrices_of_more_rows_and_inputs_than_are_packed_at_once_are_multiplied() -> None:
     rng = np.random.default_rng(0)
     a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((600, 2100), (2100, 70)))
@@ -63,7 +60,6 @@ def gradients_and_context(
     return jax.grad(loss, has_aux=True)(qkv)
 
 
-@needs_kernel
 @settings(deadline=None, max_examples=40)
 @given(
     # Some of a block's length and less, some of several blocks.
@@ -95,7 +91,6 @@ def test_packed_attention_is_the_plain_one_with_gradients(
         np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=2e-5)
 
 
-@needs_kernel
 def test_attention_of_one_example_needs_no_segments_and_takes_half_precision() -> None:
     keys = jax.random.split(jax.random.key(0), 3)
     qkv = [
@@ -108,7 +103,6 @@ def test_attention_of_one_example_needs_no_segments_and_takes_half_precision() -
     np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=0.01, atol=0.01)
 
 
-@needs_kernel
 def test_the_kernel_named_outright_is_refused_on_several_devices() -> None:
     qkv = (jnp.ones((2, 8, 2, 8)),) * 3
     mesh = make_mesh(data=2, fsdp=1, devices=jax.devices()[:2])

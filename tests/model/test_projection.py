@@ -58,12 +58,6 @@ def test_a_bfloat16_weight_under_float32_has_the_products_of_its_float32_copy(ro
         np.testing.assert_allclose(jax.jit(widening)(x, stored), exact, rtol=1e-5, atol=2e-5)
 
 
-CPUINFO = Path("/proc/cpuinfo")
-HAS_KERNEL = CPUINFO.exists() and {"avx512f", "avx512bw", "avx512vl"} <= set(CPUINFO.read_text().split())
-needs_kernel = pytest.mark.skipif(not HAS_KERNEL, reason="the kernel is for processors with AVX-512")
-
-
-@needs_kernel
 @settings(deadline=None, max_examples=40)
 @given(
     rows=st.integers(1, 80),
@@ -85,7 +79,6 @@ def test_the_kernel_multiplies_any_shape(rows: int, inputs: int, outputs: int, h
     np.testing.assert_allclose(cpu_kernel.multiply(x, weight), exact, rtol=1e-5, atol=atol)
 
 
-@needs_kernel
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_numbers_of_a_row_do_not_depend_on_the_rows_beside_it(dtype: type) -> None:
     rng = np.random.default_rng(0)
@@ -96,7 +89,6 @@ def test_the_numbers_of_a_row_do_not_depend_on_the_rows_beside_it(dtype: type) -
         np.testing.assert_array_equal(cpu_kernel.multiply(x[:count], weight), together[:count])
 
 
-@needs_kernel
 @settings(deadline=None, max_examples=40)
 @given(
     batch=st.integers(1, 3),
@@ -143,7 +135,6 @@ def run_in(environment: dict[str, str], tmp_path: Path) -> subprocess.CompletedP
     return subprocess.run([sys.executable, "-c", _PROGRAM], env=env, check=True, capture_output=True, text=True)
 
 
-@needs_kernel
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_without_a_working_compiler_products_are_xlas_and_a_line_says_so(compiler: str, tmp_path: Path) -> None:
     run = run_in({"CXX": compiler}, tmp_path)
@@ -152,7 +143,6 @@ def test_without_a_working_compiler_products_are_xlas_and_a_line_says_so(compile
     assert compiler in run.stderr
 
 
-@needs_kernel
 def test_the_kernel_is_compiled_once_and_kept(tmp_path: Path) -> None:
     for _ in range(2):
         run = run_in({}, tmp_path)

@@ -1,15 +1,25 @@
-// What the functions for XLA on a CPU with AVX-512 have in common.
+// What the functions for XLA on a CPU have in common: vectors of whatever width the processor has, in the types that GCC
+// and Clang know on every one, and what depends on that width.
 
 #pragma once
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <thread>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#ifdef __aarch64__
+#include <arm_neon.h>
+#else
+#include <immintrin.h>
+#endif
 
 #include "xla/ffi/api/ffi.h"
 
@@ -17,80 +27,155 @@ namespace s1jax {
 
 namespace ffi = xla::ffi;
 
-// Floats of a vector.
-constexpr int64_t kVector = 16;
+// By processor: how wide a vector is, unless the command that compiles this asks for 16 bytes, how many registers there
+// are, and a * b + c rounded once. Left to themselves, compilers decide that in one loop so and in another not, and a row's
+// numbers would depend on the rows beside it.
+#ifdef __aarch64__
+constexpr int kVectorBytes = 16, kRegisters = 32;
+#define S1JAX_FMA(a, b, c) vfmaq_f32(c, a, b)
+#define S1JAX_REGISTER "w"
+#else
+#define S1JAX_REGISTER "v"
+#ifdef __AVX512VL__
+constexpr int kVectorBytes = 64, kRegisters = 32;
+#define S1JAX_FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
+#elif S1JAX_VECTOR_BYTES == 16
+constexpr int kVectorBytes = 16, kRegisters = 16;
+#define S1JAX_FMA(a, b, c) _mm_fmadd_ps(a, b, c)
+#else
+constexpr int kVectorBytes = 32, kRegisters = 16;
+#define S1JAX_FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#endif
+#endif
+constexpr int kVector = kVectorBytes / sizeof(float);
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The lanes of a vector that are filled when so many elements are left.
-inline __mmask16 lanes(int64_t left) { return left < kVector ? left > 0 ? (1 << left) - 1 : 0 : -1; }
+typedef float Floats __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 
 struct BFloat16 {
   uint16_t bits;
 };
 
-// A vector's neighbours in memory, widened; zeros for those that are not there.
-inline __m512 load(const float* at, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, at); }
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline __m512 load(const BFloat16* at, __mmask16 mask) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at)), 16));
+// The n elements from `at` on, fewer than a vector has, and zeros. Not inlined, as it would take the vector's register away.
+template <class Vector, class T>
+__attribute__((noinline)) Vector part(const T* at, int64_t n) {
+  Vector vector = {};
+  memcpy(&vector, at, std::max<int64_t>(0, n) * sizeof(T));
+  return vector;
 }
 
-// e to the power of numbers that are not positive: a polynomial for the fraction of a power of two. What is not a number
-// stays so, as the second operand of a maximum.
-inline __m512 exponential(__m512 x) {
-  const __m512 scaled = _mm512_mul_ps(_mm512_max_ps(_mm512_set1_ps(-87), x), _mm512_set1_ps(1.44269504f));
-  const __m512 whole = _mm512_roundscale_ps(scaled, 0), fraction = _mm512_sub_ps(scaled, whole);
-  __m512 sum = _mm512_set1_ps(1.5403530e-4f);
-  for (float coefficient : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
-    sum = _mm512_fmadd_ps(sum, fraction, _mm512_set1_ps(coefficient));
-  return _mm512_scalef_ps(sum, whole);
+template <class Vector, class T>
+Vector read(const T* at, int64_t n) {
+  if (n < kVector) return part<Vector>(at, n);
+  Vector vector;
+  memcpy(&vector, at, sizeof(Vector));
+  return vector;
 }
 
-// Makes exponentials of n scores, less the greatest; returns their sum, and the greatest in `greatest`.
-inline float exponentials(float* scores, int64_t n, float* greatest = nullptr) {
-  const __m512 lowest = _mm512_set1_ps(-INFINITY);
-  __m512 most = lowest, sum = _mm512_setzero_ps();
-  for (int64_t i = 0; i < n; i += kVector)
-    most = _mm512_max_ps(most, _mm512_mask_loadu_ps(lowest, lanes(n - i), scores + i));
-  const float of_all = _mm512_reduce_max_ps(most);
-  most = _mm512_set1_ps(of_all);
-  for (int64_t i = 0; i < n; i += kVector) {
-    const __m512 power = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(lanes(n - i), scores + i), most));
-    sum = _mm512_mask_add_ps(sum, lanes(n - i), sum, power);
-    _mm512_mask_storeu_ps(scores + i, lanes(n - i), power);
+inline Floats load(const float* at, int64_t n = kVector) { return read<Floats>(at, n); }
+
+// A bfloat16 is the upper half of a float32: widening is exact.
+inline Floats load(const BFloat16* at, int64_t n = kVector) {
+  return (Floats)(__builtin_convertvector(read<Halves>(at, n), Words) << 16);
+}
+
+__attribute__((noinline)) inline void store_part(float* at, Floats vector, int64_t n) {
+  memcpy(at, &vector, std::max<int64_t>(0, n) * sizeof(float));
+}
+
+inline void store(float* at, Floats vector, int64_t n = kVector) {
+  if (n < kVector) return store_part(at, vector, n);
+  memcpy(at, &vector, sizeof(Floats));
+}
+
+// Minus, as plus would make 0 of -0 and be computed.
+inline Floats all(float value) { return value - Floats{}; }
+
+// Keeps a factor in a register: compilers would read it again for each product.
+inline Floats kept(Floats factor) {
+  asm("" : "+" S1JAX_REGISTER(factor));
+  return factor;
+}
+
+// Lanes of a and b by turns, from lane First on of each.
+template <int First, int... I>
+Floats interleave(Floats a, Floats b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (First + I / 2 + I % 2 * kVector)...);
+}
+inline Floats lower(Floats a, Floats b) { return interleave<0>(a, b, std::make_integer_sequence<int, kVector>{}); }
+inline Floats upper(Floats a, Floats b) {
+  return interleave<kVector / 2>(a, b, std::make_integer_sequence<int, kVector>{});
+}
+
+// e to the power of a number that is not positive: a polynomial for the fraction of a power of two. What is not a number
+// stays so. In a loop over neighbours, compilers make vectors of it.
+inline float exponential(float x) {
+  const float scaled = (x < -87.0f ? -87.0f : x) * 1.44269504f;
+  const float shift = 12582912.0f, whole = scaled + shift - shift, f = scaled - whole;
+  const float high = (1.5403530e-4f * f + 1.3333558e-3f) * f + 9.6181291e-3f;
+  const float sum = (((high * f + 5.5504109e-2f) * f + 2.4022651e-1f) * f + 6.9314718e-1f) * f + 1;
+  const int32_t bits = (static_cast<int32_t>(whole) + 127) << 23;
+  float power;
+  memcpy(&power, &bits, sizeof(power));
+  return sum * power;
+}
+
+// The softmax of n scores times a positive number, in their place.
+inline void softmax(float* scores, int64_t n, float scale) {
+  float greatest = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : greatest)
+  for (int64_t i = 0; i < n; i++) greatest = scores[i] > greatest ? scores[i] : greatest;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; i++) {
+    scores[i] = exponential((scores[i] - greatest) * scale);
+    sum += scores[i];
   }
-  if (greatest) *greatest = of_all;
-  return _mm512_reduce_add_ps(sum);
+  const float share = 1 / sum;
+  for (int64_t i = 0; i < n; i++) scores[i] *= share;
 }
 
-// Does work(i, next) for every i below `count` on this thread, and on those of the pool that are free: what is waited for
-// is only what another thread has begun, so that a busy pool delays nothing. If `ahead`, a thread knows its next i.
-template <class Work>
-void share(ffi::ThreadPool& pool, int64_t count, const Work& work, bool ahead = false) {
-  struct Progress {
-    std::atomic<int64_t> taken{0}, done{0};
-  };
-  auto progress = std::make_shared<Progress>();
-  const auto run = [progress, count, work, ahead] {
-    for (int64_t i = progress->taken.fetch_add(1), next; i < count; i = next) {
-      if (ahead) next = progress->taken.fetch_add(1);
-      work(i, ahead ? next : count);
-      progress->done.fetch_add(1, std::memory_order_release);
-      if (!ahead) next = progress->taken.fetch_add(1);
-    }
-  };
-  for (int64_t i = 1; i < std::min(pool.num_threads(), count); i++) pool.Schedule(std::function<void()>(run));
-  run();
-  while (progress->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
-}
+// The threads that XLA lends.
+struct Pool {
+  ffi::ThreadPool threads;
+  Pool(ffi::ThreadPool lent) : threads(lent) {}
 
-// Calls f with the data of a weight or cache, as what it is.
+  // Does work(i, next) for every i below `count` on this thread, and on those of the pool that are free: what is waited
+  // for is only what another thread has begun, so that a busy pool delays nothing. If `ahead`, `next` is what this thread
+  // does next; else, or if there is none, it is at least `count`.
+  template <class Work>
+  void share(int64_t count, const Work& work, bool ahead = false) {
+    struct Progress {
+      std::atomic<int64_t> taken{0}, done{0};
+    };
+    auto progress = std::make_shared<Progress>();
+    const auto run = [progress, count, work, ahead] {
+      for (int64_t i = progress->taken++, next = count; i < count; i = next) {
+        if (ahead) next = progress->taken++;
+        work(i, next);
+        progress->done.fetch_add(1, std::memory_order_release);
+        if (!ahead) next = progress->taken++;
+      }
+    };
+    for (int64_t i = 1; i < std::min(threads.num_threads(), count); i++) threads.Schedule(std::function<void()>(run));
+    run();
+    while (progress->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
+  }
+};
+
+// Calls f with the data of a weight or cache, float32 or bfloat16, as what it is.
 template <class F>
 ffi::Error with_type(const ffi::AnyBuffer& buffer, F f) {
-  if (buffer.element_type() == ffi::F32) return f(static_cast<const float*>(buffer.untyped_data()));
-  if (buffer.element_type() == ffi::BF16) return f(static_cast<const BFloat16*>(buffer.untyped_data()));
-  return ffi::Error::InvalidArgument("expected float32 or bfloat16");
+  const void* data = buffer.untyped_data();
+  buffer.element_type() == ffi::F32 ? f(static_cast<const float*>(data)) : f(static_cast<const BFloat16*>(data));
+  return ffi::Error::Success();
 }
 
 }  // namespace s1jax
+
+template <>
+struct xla::ffi::CtxBinding<s1jax::Pool> {
+  using Ctx = xla::ffi::ThreadPool;
+};

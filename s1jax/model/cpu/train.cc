@@ -1,16 +1,133 @@
-// What training does most, for XLA on a CPU with AVX-512, in float32: products of matrices, and attention over the
-// examples of packed rows.
-
-#include <algorithm>
-#include <cmath>
-#include <type_traits>
-#include <vector>
+// What training does most, for XLA on a CPU, in float32: products of matrices, and attention over the examples of packed
+// rows.
+//
+// Products are as fast as the processor multiplies: both operands are packed into panels that are read in order, and a
+// tile of sums stays in the vector registers.
 
 #include "common.h"
-#include "matmul.h"
 
 namespace s1jax {
 namespace {
+
+// A tile of sums of this size, two vectors of b and one value of a fill the registers.
+constexpr int64_t kTileRows = kRegisters == 16 ? (kVector == 8 ? 6 : 4) : kVector == 16 ? 14 : 12;
+constexpr int64_t kTileColumns = 2 * kVector;
+
+// What is packed at a time: so many inputs of so many panels of b, for a core's second cache, and of one tile of a, for
+// its first. So many tiles of a are multiplied with what was packed of b.
+constexpr int64_t kInputsAtOnce = 384, kPanels = 16, kTiles = 32;
+
+// A matrix to read: neighbours in a column are `row` elements apart, those in a row `column`; one of both is 1.
+template <class T>
+struct View {
+  const T* data;
+  int64_t row, column;
+
+  View from(int64_t i, int64_t j) const { return {data + i * row + j * column, row, column}; }
+  View transposed() const { return {data, column, row}; }
+};
+
+// Lane i of vector j becomes what was lane j of vector i.
+void transpose(Floats (&v)[kVector]) {
+#pragma GCC unroll 4
+  for (int distance = 1; distance < kVector; distance *= 2) {
+    Floats mixed[kVector];
+#pragma GCC unroll 8
+    for (int i = 0; i < kVector / 2; i++) {
+      mixed[2 * i] = lower(v[i], v[i + kVector / 2]);
+      mixed[2 * i + 1] = upper(v[i], v[i + kVector / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kVector; i++) v[i] = mixed[i];
+  }
+}
+
+// Writes the first `rows` rows and `columns` columns of a matrix as packed[column][row], `width` floats a column, with
+// zeros for the rows that are missing; what a last vector has too much, the next column overwrites.
+template <int64_t width, class T>
+void pack(View<T> from, int64_t rows, int64_t columns, float* packed) {
+  if (from.row == 1) {
+    for (int64_t column = 0; column < columns; column++)
+#pragma GCC unroll 4
+      for (int64_t row = 0; row < width; row += kVector)
+        store(packed + column * width + row, load(from.from(row, column).data, rows - row));
+    return;
+  }
+  for (int64_t column = 0; column < columns; column += kVector)
+    for (int64_t row = 0; row < width; row += kVector) {
+      Floats v[kVector];
+#pragma GCC unroll 16
+      for (int i = 0; i < kVector; i++)
+        v[i] = row + i < rows ? load(from.from(row + i, column).data, columns - column) : Floats{};
+      transpose(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < kVector; i++)
+        if (column + i < columns) store(packed + (column + i) * width + row, v[i]);
+    }
+}
+
+// c = a b for a panel of each, added to what c holds if `add`; of c there are so many rows and columns.
+void tile(const float* a, const float* b, int64_t inputs, float* c, int64_t stride, int64_t rows,
+                 int64_t columns, bool add) {
+  for (int64_t r = 0; r < std::min(rows, kTileRows); r++)
+    for (int64_t half = 0; half < 2; half++) __builtin_prefetch(c + r * stride + half * kVector, 1);
+  Floats sums[kTileRows][2] = {};
+  for (int64_t k = 0; k < inputs; k++, a += kTileRows, b += kTileColumns) {
+    for (int64_t half = 0; half < 2; half++) __builtin_prefetch(b + 8 * kTileColumns + half * kVector);
+    const Floats first = load(b), second = load(b + kVector);
+#pragma GCC unroll 14
+    for (int r = 0; r < kTileRows; r++) {
+      const Floats value = kept(all(a[r]));
+      sums[r][0] = S1JAX_FMA(value, first, sums[r][0]);
+      sums[r][1] = S1JAX_FMA(value, second, sums[r][1]);
+    }
+  }
+#pragma GCC unroll 14
+  for (int r = 0; r < kTileRows; r++)
+    if (r < rows)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++) {
+        const int64_t n = columns - half * kVector;
+        float* at = c + r * stride + half * kVector;
+        store(at, add ? sums[r][half] + load(at, n) : sums[r][half], n);
+      }
+}
+
+// c = a b of rows x inputs by inputs x columns, added to what c holds if `add`; rows of c are `stride` apart. On the threads
+// of the pool, or without one on this alone.
+template <class T>
+void product(View<float> a, View<T> b, float* c, int64_t stride, int64_t rows, int64_t inputs, int64_t columns, bool add,
+             Pool* pool = nullptr) {
+  // c is cut into blocks, which threads compute independently of each other: so many tiles down by so many panels across.
+  const int64_t tiles = divide_up(rows, kTileRows), panels = divide_up(columns, kTileColumns);
+  const int64_t parts = divide_up(inputs, kInputsAtOnce), depth = divide_up(inputs, parts);
+  const int64_t threads = pool ? pool->threads.num_threads() : 1;
+  int64_t down = divide_up(tiles, kTiles), across = divide_up(panels, kPanels);
+  // As many for each thread, if there are enough: of the longer side.
+  int64_t& more = tiles >= 8 * threads ? down : across;
+  more = divide_up(more, threads) * threads;
+  const auto block = [=](int64_t i, int64_t) {
+    static thread_local std::vector<float> of_a, of_b;
+    const int64_t top = tiles * (i / across) / down, bottom = tiles * (i / across + 1) / down;
+    const int64_t left = panels * (i % across) / across, right = panels * (i % across + 1) / across;
+    of_a.resize(depth * kTileRows + kVector);
+    of_b.resize((right - left) * depth * kTileColumns);
+    // b's panels are packed, part by part, and with each part every tile of a, which then stays where it is.
+    for (int64_t k = 0; k < inputs; k += depth) {
+      const int64_t deep = std::min(depth, inputs - k);
+      for (int64_t j = left, column = j * kTileColumns; j < right; j++, column += kTileColumns)
+        pack<kTileColumns>(b.from(k, column).transposed(), columns - column, deep, &of_b[(j - left) * depth * kTileColumns]);
+      for (int64_t t = top, row = t * kTileRows; t < bottom; t++, row += kTileRows) {
+        pack<kTileRows>(a.from(row, k), rows - row, deep, of_a.data());
+        for (int64_t j = left, column = j * kTileColumns; j < right; j++, column += kTileColumns)
+          tile(of_a.data(), &of_b[(j - left) * depth * kTileColumns], deep, c + row * stride + column, stride, rows - row,
+               columns - column, add || k > 0);
+      }
+    }
+  };
+  if (pool) return pool->share(down * across, block);
+  for (int64_t i = 0; i < down * across; i++) block(i, 0);
+}
 
 template <class T>
 View<T> whole(const T* data, const ffi::AnyBuffer::Dimensions& shape, bool transposed) {
@@ -19,232 +136,127 @@ View<T> whole(const T* data, const ffi::AnyBuffer::Dimensions& shape, bool trans
 }
 
 // c = a b, each of both transposed or not; b may be of bfloat16.
-ffi::Error matmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> a, ffi::AnyBuffer b, ffi::ResultBufferR2<ffi::F32> c,
-                  bool transpose_a, bool transpose_b) {
+ffi::Error matmul(Pool pool, ffi::BufferR2<ffi::F32> a, ffi::AnyBuffer b, ffi::ResultBufferR2<ffi::F32> c,
+                  ffi::Dictionary how) {
+  const bool transpose_a = *how.get<bool>("transpose_a"), transpose_b = *how.get<bool>("transpose_b");
   const int64_t rows = c->dimensions()[0], columns = c->dimensions()[1], inputs = a.dimensions()[transpose_a ? 0 : 1];
   return with_type(b, [&](auto* data) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
-    Product<T>{whole(a.typed_data(), a.dimensions(), transpose_a), whole<T>(data, b.dimensions(), transpose_b),
-               c->typed_data(), columns, rows, inputs, columns, false}.shared(pool);
-    return ffi::Error::Success();
+    product(whole(a.typed_data(), a.dimensions(), transpose_a), whole(data, b.dimensions(), transpose_b), c->typed_data(),
+            columns, rows, inputs, columns, false, &pool);
   });
 }
 
-// Queries of one example that are taken at a time, for all heads that share a key: tiles of a product come out even.
-constexpr int64_t kQueries = 4 * kTileRows;
+// Tokens of one example whose queries are taken at a time.
+constexpr int64_t kTokens = 56;
 
-// What attention reads: (batch, length, heads or kv_heads, size), segments of (batch, length).
-struct Inputs {
-  const float *query, *key, *value;
-  const int32_t* segments;
-  int64_t batch, length, heads, kv_heads, size;
+using Heads = ffi::BufferR4<ffi::F32>;     // (batch, length, heads or kv_heads, size)
+using Segments = ffi::BufferR2<ffi::S32>;  // (batch, length)
 
-  int64_t group() const { return heads / kv_heads; }
-  float scale() const { return 1 / std::sqrt(static_cast<float>(size)); }
-  // Where a token's query head is, and its key head, in elements.
-  int64_t at(int64_t row, int64_t token, int64_t head) const { return ((row * length + token) * heads + head) * size; }
-  int64_t at_key(int64_t row, int64_t token, int64_t head) const {
-    return ((row * length + token) * kv_heads + head) * size;
-  }
-  int64_t at_normaliser(int64_t row, int64_t token, int64_t head) const {
-    return (row * heads + head) * length + token;
-  }
-};
-
-// A block of queries of one example, for the heads of one key head: (head of the group, token) x size.
+// One head's queries of neighbouring tokens of an example, and the keys that they see: from the example's first on.
 struct Block {
-  const Inputs& in;
-  int64_t row, kv_head;
-  int64_t begin, first, tokens;  // of the example; the first query, and how many
+  int64_t query, key;  // where the first of each is
+  int64_t of_query, of_key;  // from one to the next
+  int64_t tokens, keys, size;
 
-  int64_t rows() const { return in.group() * tokens; }
-  int64_t keys() const { return first + tokens - begin; }
-  int64_t seen(int64_t r) const { return first + r % tokens - begin + 1; }
-  int64_t head(int64_t r) const { return kv_head * in.group() + r / tokens; }
-  int64_t token(int64_t r) const { return first + r % tokens; }
-  int64_t at(int64_t r) const { return in.at(row, token(r), head(r)); }
-  int64_t at_normaliser(int64_t r) const { return in.at_normaliser(row, token(r), head(r)); }
-  int64_t at_keys() const { return in.at_key(row, begin, kv_head); }
-  int64_t key_stride() const { return in.kv_heads * in.size; }
+  int64_t seen(int64_t token) const { return keys - tokens + token + 1; }
 
-  // The block's part of an array like the query, times `factor`, in one piece.
-  void gather(const float* from, float factor, std::vector<float>& to) const {
-    to.resize(rows() * in.size);
-    for (int64_t r = 0; r < rows(); r++)
-      for (int64_t d = 0; d < in.size; d++) to[r * in.size + d] = factor * from[at(r) + d];
+  // Products of x, tokens x keys, y, an array of queries, and z, an array of keys.
+  void y_times_z(const float* y, const float* z, std::vector<float>& x) const {
+    x.resize(tokens * keys);
+    product<float>({y + query, of_query, 1}, {z + key, 1, of_key}, x.data(), keys, tokens, size, keys, false);
   }
-
-  // y = x b and y = x b^T, where x has a row for each of the block's and b is an array of keys.
-  void times(const std::vector<float>& x, const float* b, std::vector<float>& y) const {
-    y.resize(rows() * in.size);
-    const View<float> by_key{x.data(), keys(), 1}, of_keys{b + at_keys(), key_stride(), 1};
-    Product<float>{by_key, of_keys, y.data(), in.size, rows(), keys(), in.size, false}.alone();
+  void x_times_z(const std::vector<float>& x, const float* z, float* y) const {
+    product<float>({x.data(), keys, 1}, {z + key, of_key, 1}, y + query, of_query, tokens, keys, size, false);
   }
-  void times_transposed(const std::vector<float>& x, const float* b, std::vector<float>& y) const {
-    y.resize(rows() * keys());
-    const View<float> by_size{x.data(), in.size, 1}, of_keys{b + at_keys(), 1, key_stride()};
-    Product<float>{by_size, of_keys, y.data(), keys(), rows(), in.size, keys(), false}.alone();
-  }
-  // y += x^T b, where y is an array of keys.
-  void add_transposed(const std::vector<float>& x, const std::vector<float>& b, float* y) const {
-    const View<float> of_keys{x.data(), 1, keys()}, by_size{b.data(), in.size, 1};
-    Product<float>{of_keys, by_size, y + at_keys(), key_stride(), keys(), rows(), in.size, true}.alone();
+  void add_x_times_y(const std::vector<float>& x, const float* y, float* z) const {
+    product<float>({x.data(), 1, keys}, {y + query, of_query, 1}, z + key, of_key, keys, tokens, size, true);
   }
 };
 
-// One example's tokens, for the heads of one key head. None sees another's, so that threads share them.
-struct Example {
-  int64_t row, kv_head, begin, end;
-
-  // Calls work(block) for every block of queries.
-  template <class Work>
-  void for_each_block(const Inputs& in, const Work& work) const {
-    for (int64_t first = begin; first < end; first += kQueries)
-      work(Block{in, row, kv_head, begin, first, std::min(kQueries, end - first)});
-  }
-};
-
-// All examples, the longest first, so that threads end together. Padding, segment 0, is in none.
-std::vector<Example> examples_of(const Inputs& in) {
+// Calls work(block) for all blocks: those of an example that share a key head in order and on one thread, the longest
+// examples first, so that threads end together. Padding, segment 0, is in none.
+template <class Work>
+void each_block(Pool& pool, const Heads& query, const Heads& key, const Segments& segments, const Work& work) {
+  struct Example {
+    int64_t row, kv_head, begin, end;
+    bool operator<(const Example& other) const { return end - begin > other.end - other.begin; }
+  };
+  const int64_t length = key.dimensions()[1], kv_heads = key.dimensions()[2];
   std::vector<Example> examples;
-  for (int64_t row = 0; row < in.batch; row++) {
-    const int32_t* segments = in.segments + row * in.length;
-    for (int64_t begin = 0, end; begin < in.length; begin = end) {
-      const int32_t id = segments[begin];
-      end = std::find_if(segments + begin, segments + in.length, [=](int32_t s) { return s != id; }) - segments;
-      for (int64_t head = 0; id != 0 && head < in.kv_heads; head++) examples.push_back({row, head, begin, end});
+  for (int64_t row = 0; row < key.dimensions()[0]; row++) {
+    const int32_t* ids = segments.typed_data() + row * length;
+    for (int64_t begin = 0, end; begin < length; begin = end) {
+      end = std::find_if(ids + begin, ids + length, [=](int32_t id) { return id != ids[begin]; }) - ids;
+      for (int64_t head = 0; ids[begin] != 0 && head < kv_heads; head++) examples.push_back({row, head, begin, end});
     }
   }
-  std::stable_sort(examples.begin(), examples.end(),
-                   [](const Example& a, const Example& b) { return a.end - a.begin > b.end - b.begin; });
-  return examples;
-}
-
-void attend(const Inputs& in, const Example& example, float* context, float* normalisers) {
-  static thread_local std::vector<float> query, weights, totals, sums;
-  example.for_each_block(in, [&](const Block& block) {
-    const int64_t keys = block.keys();
-    block.gather(in.query, in.scale(), query);
-    block.times_transposed(query, in.key, weights);
-    totals.resize(block.rows());
-    for (int64_t r = 0; r < block.rows(); r++) {
-      float greatest, *scores = weights.data() + r * keys;
-      totals[r] = exponentials(scores, block.seen(r), &greatest);
-      std::fill(scores + block.seen(r), scores + keys, 0.0f);
-      normalisers[block.at_normaliser(r)] = greatest + std::log(totals[r]);
-    }
-    block.times(weights, in.value, sums);
-    for (int64_t r = 0; r < block.rows(); r++)
-      for (int64_t d = 0; d < in.size; d++) context[block.at(r) + d] = sums[r * in.size + d] / totals[r];
-  });
-}
-
-// Of the loss: its gradients with respect to the query, key and value, given that of the context.
-struct Gradients {
-  const float *context, *normalisers, *of_context;
-  float *of_query, *of_key, *of_value;
-};
-
-void differentiate(const Inputs& in, const Example& example, const Gradients& g) {
-  static thread_local std::vector<float> query, of_context, weights, of_weights, of_query;
-  example.for_each_block(in, [&](const Block& block) {
-    const int64_t keys = block.keys(), size = in.size;
-    block.gather(in.query, in.scale(), query);
-    block.gather(g.of_context, 1, of_context);
-    block.times_transposed(query, in.key, weights);
-    block.times_transposed(of_context, in.value, of_weights);
-    for (int64_t r = 0; r < block.rows(); r++) {
-      __m512 sum = _mm512_setzero_ps();
-      for (int64_t d = 0; d < size; d += kVector)
-        sum = _mm512_fmadd_ps(load(of_context.data() + r * size + d, lanes(size - d)),
-                              load(g.context + block.at(r) + d, lanes(size - d)), sum);
-      const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
-      const __m512 normaliser = _mm512_set1_ps(g.normalisers[block.at_normaliser(r)]);
-      float *of_row = weights.data() + r * keys, *of_scores = of_weights.data() + r * keys;
-      for (int64_t k = 0; k < keys; k += kVector) {
-        const __mmask16 there = lanes(keys - k), seen = lanes(block.seen(r) - k);
-        const __m512 score = _mm512_maskz_loadu_ps(seen, of_row + k);
-        const __m512 weight = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(score, normaliser)));
-        const __m512 of_weight = _mm512_sub_ps(_mm512_maskz_loadu_ps(there, of_scores + k), mean);
-        _mm512_mask_storeu_ps(of_row + k, there, weight);
-        _mm512_mask_storeu_ps(of_scores + k, there, _mm512_mul_ps(weight, of_weight));
+  std::stable_sort(examples.begin(), examples.end());
+  pool.share(examples.size(), [=, heads = query.dimensions()[2], size = key.dimensions()[3]](int64_t i, int64_t) {
+    const auto [row, kv_head, begin, end] = examples[i];
+    const int64_t group = heads / kv_heads, at_key = ((row * length + begin) * kv_heads + kv_head) * size;
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++)
+      for (int64_t first = begin; first < end; first += kTokens) {
+        const int64_t last = std::min(first + kTokens, end), at = ((row * length + first) * heads + head) * size;
+        work(Block{at, at_key, heads * size, kv_heads * size, last - first, last - begin, size});
       }
-    }
-    block.add_transposed(weights, of_context, g.of_value);
-    block.add_transposed(of_weights, query, g.of_key);
-    block.times(of_weights, in.key, of_query);
-    for (int64_t r = 0; r < block.rows(); r++)
-      for (int64_t d = 0; d < size; d++) g.of_query[block.at(r) + d] = in.scale() * of_query[r * size + d];
   });
 }
 
-using Array4 = ffi::BufferR4<ffi::F32>;
-using Result4 = ffi::ResultBufferR4<ffi::F32>;
-
-Inputs inputs_of(const Array4& query, const Array4& key, const Array4& value, const ffi::BufferR2<ffi::S32>& segments) {
-  const auto q = query.dimensions();
-  return {query.typed_data(), key.typed_data(), value.typed_data(), segments.typed_data(), q[0], q[1], q[2],
-          key.dimensions()[2], q[3]};
-}
+float scale_of(const Heads& query) { return 1 / std::sqrt(static_cast<float>(query.dimensions()[3])); }
 
 template <class Buffer>
-void clear(Buffer& buffer) {
-  std::fill_n(buffer->typed_data(), buffer->element_count(), 0.0f);
+float* cleared(Buffer& buffer) {
+  return std::fill_n(buffer->typed_data(), buffer->element_count(), 0.0f), buffer->typed_data();
 }
 
-// Causal softmax attention within segments, and the logarithm of each query's sum of exponentials.
-ffi::Error attention(ffi::ThreadPool pool, Array4 query, Array4 key, Array4 value, ffi::BufferR2<ffi::S32> segments,
-                     Result4 context, ffi::ResultBufferR3<ffi::F32> normalisers) {
-  const Inputs in = inputs_of(query, key, value, segments);
-  clear(context);
-  clear(normalisers);
-  const std::vector<Example> examples = examples_of(in);
-  float *to = context->typed_data(), *of_normalisers = normalisers->typed_data();
-  share(pool, examples.size(), [=](int64_t i, int64_t) { attend(in, examples[i], to, of_normalisers); });
+// Causal softmax attention within segments.
+ffi::Error attention(Pool pool, Heads query, Heads key, Heads value, Segments segments, ffi::Result<Heads> context) {
+  const float *q = query.typed_data(), *k = key.typed_data(), *v = value.typed_data(), scale = scale_of(query);
+  float* y = cleared(context);
+  each_block(pool, query, key, segments, [=](const Block& block) {
+    static thread_local std::vector<float> weights;
+    block.y_times_z(q, k, weights);
+    for (int64_t t = 0; t < block.tokens; t++) {
+      float* weight = weights.data() + t * block.keys;
+      softmax(weight, block.seen(t), scale);
+      std::fill(weight + block.seen(t), weight + block.keys, 0.0f);
+    }
+    block.x_times_z(weights, v, y);
+  });
   return ffi::Error::Success();
 }
 
-ffi::Error attention_gradients(ffi::ThreadPool pool, Array4 query, Array4 key, Array4 value,
-                               ffi::BufferR2<ffi::S32> segments, Array4 context, ffi::BufferR3<ffi::F32> normalisers,
-                               Array4 of_context, Result4 of_query, Result4 of_key, Result4 of_value) {
-  const Inputs in = inputs_of(query, key, value, segments);
-  clear(of_query);
-  clear(of_key);
-  clear(of_value);
-  const Gradients gradients{context.typed_data(),  normalisers.typed_data(), of_context.typed_data(),
-                            of_query->typed_data(), of_key->typed_data(),     of_value->typed_data()};
-  const std::vector<Example> examples = examples_of(in);
-  share(pool, examples.size(), [=](int64_t i, int64_t) { differentiate(in, examples[i], gradients); });
+// The gradients with respect to the query, key and value, given that of the context.
+ffi::Error attention_gradients(Pool pool, Heads query, Heads key, Heads value, Segments segments, Heads of_context,
+                               ffi::Result<Heads> of_query, ffi::Result<Heads> of_key, ffi::Result<Heads> of_value) {
+  const float *q = query.typed_data(), *k = key.typed_data(), *v = value.typed_data(), scale = scale_of(query);
+  const float* of_y = of_context.typed_data();
+  float *of_q = cleared(of_query), *of_k = cleared(of_key), *of_v = cleared(of_value);
+  each_block(pool, query, key, segments, [=](const Block& block) {
+    static thread_local std::vector<float> weights, of_weights;
+    block.y_times_z(q, k, weights);
+    block.y_times_z(of_y, v, of_weights);
+    for (int64_t t = 0; t < block.tokens; t++) {
+      const int64_t seen = block.seen(t);
+      float mean = 0, *weight = weights.data() + t * block.keys, *of_weight = of_weights.data() + t * block.keys;
+      softmax(weight, seen, scale);
+#pragma omp simd reduction(+ : mean)
+      for (int64_t i = 0; i < seen; i++) mean += weight[i] * of_weight[i];
+#pragma omp simd
+      for (int64_t i = 0; i < seen; i++) of_weight[i] = scale * weight[i] * (of_weight[i] - mean);
+      std::fill(weight + seen, weight + block.keys, 0.0f);
+      std::fill(of_weight + seen, of_weight + block.keys, 0.0f);
+    }
+    block.add_x_times_y(weights, of_y, of_v);
+    block.add_x_times_y(of_weights, q, of_k);
+    block.x_times_z(of_weights, k, of_q);
+  });
   return ffi::Error::Success();
-}
-
-// How both functions of attention begin.
-auto bind_inputs() {
-  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array4>().Arg<Array4>().Arg<Array4>().Arg<ffi::BufferR2<ffi::S32>>();
 }
 
 }  // namespace
 }  // namespace s1jax
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_matmul, s1jax::matmul,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::BufferR2<xla::ffi::F32>>()
-                                  .Attr<bool>("transpose_a")
-                                  .Attr<bool>("transpose_b"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_attention, s1jax::attention,
-                              s1jax::bind_inputs()
-                                  .Ret<s1jax::Array4>()
-                                  .Ret<xla::ffi::BufferR3<xla::ffi::F32>>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_attention_gradients, s1jax::attention_gradients,
-                              s1jax::bind_inputs()
-                                  .Arg<s1jax::Array4>()
-                                  .Arg<xla::ffi::BufferR3<xla::ffi::F32>>()
-                                  .Arg<s1jax::Array4>()
-                                  .Ret<s1jax::Array4>()
-                                  .Ret<s1jax::Array4>()
-                                  .Ret<s1jax::Array4>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_matmul, s1jax::matmul);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_attention, s1jax::attention);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_attention_gradients, s1jax::attention_gradients);
