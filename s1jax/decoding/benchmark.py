@@ -21,6 +21,7 @@ from s1jax.decoding.loop import Rows, Shared, decode_chunk, empty_cache, insert,
 from s1jax.decoding.sampling import Sampling
 from s1jax.device_memory import peak_resident_bytes
 from s1jax.mesh import batch_shards
+from s1jax.model import cpu_kernel
 from s1jax.model.hf import load_params, resolve_model
 from s1jax.model.load import LoadedModel, inference_model
 from s1jax.model.qwen import KVCache
@@ -114,12 +115,14 @@ def _measured(config: BenchmarkConfig) -> Row:
             params = jax.jit(model.unstack)(model.init(jax.random.key(0), mesh))
         loaded = LoadedModel(model, params, mesh, directory)
         copy = _copy_bytes_per_second()
+        vector_bytes = cpu_kernel.vector_bytes()
         results = [_measure(loaded, config, size, copy) for size in config.benchmark.batch_sizes]
     return {
         "host": socket.gethostname(),
         "device": jax.devices()[0].device_kind,
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
+        "cpu_vector_bytes": vector_bytes,
         "jax": jax.__version__,
         "dtype": config.model.dtype,
         "weights": "checkpoint" if has_weights else "random",
@@ -221,10 +224,12 @@ def _peak_memory() -> int:
 
 
 def _table(report: Row) -> str:
+    vectors = report["cpu_vector_bytes"]
     lines = [
         f"{report['devices']} x {report['device']}, {report['dtype']}, {report['weights']} weights, "
         f"prompts of {report['prompt_length']}, {report['new_tokens']} new tokens; "
-        f"copy {report['copy_bytes_per_second'] / 1e9:.1f} GB/s",
+        f"copy {report['copy_bytes_per_second'] / 1e9:.1f} GB/s"
+        + (f"; kernels for the CPU in vectors of {vectors} bytes" if vectors else ""),
         "batch  prefill tok/s  decode tok/s  ms/step  first token s  compile s  bandwidth  peak GiB",
     ]
     for result in report["results"]:

@@ -118,8 +118,8 @@ def available(dtype: DTypeLike) -> bool:
 
 
 def vector_bytes() -> int | None:
-    """The width of the kernels' vectors; None where programs of one device do without them."""
-    library = _library()
+    """The width of the kernels' vectors; None where the program will run without them."""
+    library = _library() if available(jnp.float32) else None
     return ctypes.c_int.in_dll(library, "s1jax_vector_bytes").value if library else None
 
 

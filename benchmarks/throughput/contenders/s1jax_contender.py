@@ -16,6 +16,7 @@ from s1jax.compilation_cache import keep_compilations
 from s1jax.config import DataSection, ModelSection, OptimizerSection
 from s1jax.decoding.profiles import DelimiterProfile
 from s1jax.mesh import make_mesh
+from s1jax.model import cpu_kernel
 from s1jax.model.config import QwenConfig
 from s1jax.model.hf import load_params
 from s1jax.model.qwen import Qwen
@@ -30,7 +31,7 @@ class S1jax:
         keep_compilations()
         self._loaded = load(ModelSection(path=model, dtype=dtype))
         jax.block_until_ready(self._loaded.params)
-        return {name: version(name) for name in ("s1jax", "jax", "jaxlib")}
+        return self._versions()
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         """Exactly `new_tokens` greedy tokens for each prompt, all prompts at once."""
@@ -71,7 +72,12 @@ class S1jax:
             params = load_params(Path(model), qwen, self._mesh)
             self._state = init_state(qwen, OptimizerSection(), self._mesh, params)
             self._step = compile_step(qwen, OptimizerSection(), 1000, self._mesh)
-        return {name: version(name) for name in ("s1jax", "jax", "jaxlib")}
+        return self._versions()
+
+    @staticmethod
+    def _versions() -> dict[str, str]:
+        versions = {name: version(name) for name in ("s1jax", "jax", "jaxlib")}
+        return {**versions, "kernels in vectors of bytes": str(cpu_kernel.vector_bytes())}
 
     def train(self, examples: list[list[int]], batch_size: int, **_: int) -> float:
         """One pass of optimiser steps over the examples, packed as `train.py` packs them; returns the last loss."""
@@ -80,13 +86,13 @@ class S1jax:
         from s1jax.training.step import batch_sharding
 
         loader = StepLoader(
-            [Example(np.array(ids, np.int32), np.ones(len(ids), bool)) for ids in examples],
+            [Example(np.array(ids, np.int32), np.arange(len(ids)) > 0) for ids in examples],
             batch_size=batch_size,
             num_epochs=1,
             shuffle=False,
             seed=0,
             packing=True,
-            loss_average="sample",
+            loss_average="token",
             max_row_length=DataSection(path="").block_size,
             num_microbatches=1,
             num_shards=1,

@@ -32,14 +32,18 @@ class Transformers:
         """Read the model and make an optimiser beside it; returns the versions of what runs it."""
         versions = self.load(model, dtype, threads)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=1e-4)
+        self._schedule = transformers.get_cosine_schedule_with_warmup(self._optimizer, 50, 1000)
         self._model.train()
         return versions
 
     def train(self, examples: list[list[int]], batch_size: int, microbatch_size: int) -> float:
-        """One pass of optimiser steps, each microbatch padded to its longest example; returns the last loss."""
-        loss = torch.zeros(())
+        """One pass of optimiser steps, each microbatch padded to its longest example; returns the last step's loss.
+
+        The recipe, schedule and average over a step's tokens are this project's, so that losses are equal.
+        """
         for first in range(0, len(examples), batch_size):
             batch = examples[first : first + batch_size]
+            total, predicted = torch.zeros(()), sum(len(row) - 1 for row in batch)
             for start in range(0, len(batch), microbatch_size):
                 rows = batch[start : start + microbatch_size]
                 longest = max(map(len, rows))
@@ -47,11 +51,14 @@ class Transformers:
                 mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
                 labels = ids.masked_fill(mask == 0, -100)
                 loss = self._model(input_ids=ids, attention_mask=mask, labels=labels).loss
-                (loss * len(rows) / len(batch)).backward()
+                share = loss * sum(len(row) - 1 for row in rows) / predicted
+                share.backward()
+                total += share.detach()
             torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
             self._optimizer.step()
+            self._schedule.step()
             self._optimizer.zero_grad()
-        return float(loss)
+        return float(total)
 
     def _run(
         self, prompts: list[list[int]], limits: list[int], stop: list[int], *, min_new_tokens: int
