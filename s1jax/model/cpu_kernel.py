@@ -32,6 +32,8 @@ _FUNCTIONS = (
     *(MATMUL, "s1jax_attention", "s1jax_attention_gradients"),
 )
 _ARM = host.machine() in ("aarch64", "arm64")
+# Bytes of vectors that $S1JAX_CPU_VECTOR_BYTES may ask for: an arm64 processor has the narrowest anyway.
+NARROWER = () if _ARM else ("16", "32")
 _FLAGS = (
     *("-std=c++17", "-O3", "-ffp-contract=fast", "-fopenmp-simd", "-shared", "-fPIC", "-w"),
     "-mcpu=native" if _ARM else "-march=native",
@@ -144,10 +146,9 @@ def _library() -> ctypes.CDLL | None:
 def _narrower() -> tuple[str, ...]:
     """What $S1JAX_CPU_VECTOR_BYTES asks the compiler for."""
     asked = os.environ.get("S1JAX_CPU_VECTOR_BYTES")
-    if asked not in (None, "16", "32"):
-        raise ValueError(
-            f"S1JAX_CPU_VECTOR_BYTES={asked}: vectors of 16 or 32 bytes, or without it the widest there are"
-        )
+    if asked not in (None, *NARROWER):
+        widths = " or ".join(NARROWER) or "no other width than the processor's"
+        raise ValueError(f"S1JAX_CPU_VECTOR_BYTES={asked}: {widths}, or without it the widest there are")
     # As on a processor without AVX-512, whose registers are half as many, too.
     return ("-mno-avx512f", f"-DS1JAX_VECTOR_BYTES={asked}") if asked else ()
 

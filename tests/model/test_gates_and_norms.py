@@ -37,7 +37,6 @@ _CASES: dict[str, tuple[Callable[..., jax.Array], Callable[..., jax.Array], list
         lambda x, scale: x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-3) * scale,
         [(2, 5, 6), (6,)],
     ),
-    # More than a thread takes at a time.
     "gated, many": (gated, lambda gate, up: gate / (1 + jnp.exp(-gate)) * up, [(3, 50, 130)] * 2),
     "normalised, many": (
         lambda x, scale: normalised(x, scale, 1e-3),

@@ -67,8 +67,8 @@ void pack(View<T> from, int64_t rows, int64_t columns, float* packed) {
 }
 
 // c = a b for a panel of each, added to what c holds if `add`; of c there are so many rows and columns.
-void tile(const float* a, const float* b, int64_t inputs, float* c, int64_t stride, int64_t rows,
-                 int64_t columns, bool add) {
+void tile(const float* a, const float* b, int64_t inputs, float* c, int64_t stride, int64_t rows, int64_t columns,
+          bool add) {
   for (int64_t r = 0; r < std::min(rows, kTileRows); r++)
     for (int64_t half = 0; half < 2; half++) __builtin_prefetch(c + r * stride + half * kVector, 1);
   Floats sums[kTileRows][2] = {};
@@ -154,7 +154,7 @@ using Segments = ffi::BufferR2<ffi::S32>;  // (batch, length)
 
 // One head's queries of neighbouring tokens of an example, and the keys that they see: from the example's first on.
 struct Block {
-  int64_t query, key;  // where the first of each is
+  int64_t query, key;        // where the first of each is
   int64_t of_query, of_key;  // from one to the next
   int64_t tokens, keys, size;
 
