@@ -17,12 +17,15 @@ from tests.processes import finish, free_port, start_hosts, wait_until
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tasks") / "sums.jsonl"
-    rows = [{"problem": f"What is {i} + 3?", "answer": str(i + 3)} for i in range(5)]
+def sums(path: Path, count: int) -> Path:
+    rows = [{"problem": f"What is {i} + 3?", "answer": str(i + 3)} for i in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sums(tmp_path_factory.mktemp("tasks") / "sums.jsonl", 5)
 
 
 def evaluating(directory: Path, task: Path, output: Path) -> list[str]:
@@ -64,20 +67,19 @@ def test_evaluate_is_what_one_process_gives(
     check_same(tmp_path / "run", evaluated)
 
 
-def test_what_killed_processes_left_one_goes_on_with(
-    directory: Path, task: Path, evaluated: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "run"
-    words = [*evaluating(directory, task, output), "batch_size=1"]
-    processes = start_hosts(words, 2, copies=True)
+def test_what_killed_processes_left_one_goes_on_with(directory: Path, tmp_path: Path) -> None:
+    # After its first row a run of five problems has 60 ms to live, of two hundred 2 seconds: time to kill it in.
+    task, output = sums(tmp_path / "sums.jsonl", 200), tmp_path / "run"
+    alone(evaluating(directory, task, tmp_path / "evaluated"))
+    processes = start_hosts([*evaluating(directory, task, output), "batch_size=1"], 2, copies=True)
     parts = [output / "samples.jsonl.parts" / f"{process}.jsonl" for process in range(2)]
     wait_until(lambda: all(part.exists() and b"\n" in part.read_bytes() for part in parts), processes)
     for process in processes:
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert not (output / "summary.json").exists()
-    alone(words)
-    check_same(output, evaluated)
+    alone(evaluating(directory, task, output))
+    check_same(output, tmp_path / "evaluated")
 
 
 def test_the_recipe_of_32b_runs_on_two_hosts_of_eight_devices(directory: Path, task: Path, tmp_path: Path) -> None:
