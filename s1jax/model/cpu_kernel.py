@@ -25,19 +25,14 @@ from jaxtyping import Array, Float, Int
 from s1jax.compilation_cache import user_cache
 from s1jax.mesh import platform
 
-_FOLDER = Path(__file__).parent / "cpu"
+FOLDER = Path(__file__).parent / "cpu"
 MATMUL = "s1jax_matmul"
-_FUNCTIONS = (
-    *("s1jax_multiply", "s1jax_attend"),
-    *(MATMUL, "s1jax_attention", "s1jax_attention_gradients"),
-)
+FUNCTIONS = ("s1jax_multiply", "s1jax_attend", MATMUL, "s1jax_attention", "s1jax_attention_gradients")
 _ARM = host.machine() in ("aarch64", "arm64")
 # Bytes of vectors that $S1JAX_CPU_VECTOR_BYTES may ask for: an arm64 processor has the narrowest anyway.
 NARROWER = () if _ARM else ("16", "32")
-_FLAGS = (
-    *("-std=c++17", "-O3", "-ffp-contract=fast", "-fopenmp-simd", "-shared", "-fPIC", "-w"),
-    "-mcpu=native" if _ARM else "-march=native",
-)
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fopenmp-simd", "-w")
+_LIBRARY = ("-shared", "-fPIC", "-mcpu=native" if _ARM else "-march=native")
 
 
 def multiply(x: Float[Array, "rows inputs"], weight: Float[Array, "outputs inputs"]) -> Float[Array, "rows outputs"]:
@@ -133,12 +128,12 @@ def _library() -> ctypes.CDLL | None:
     try:
         if compiler is None:
             raise OSError(f"there is no C++ compiler called {named}; CXX names another")
-        library = ctypes.CDLL(str(_compiled([compiler, *_FLAGS, *_narrower()])))
+        library = ctypes.CDLL(str(_compiled([compiler, *FLAGS, *_LIBRARY, *_narrower()])))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = f"{compiler}: {error.stderr}" if isinstance(error, subprocess.CalledProcessError) else str(error)
         print(f"s1jax: this CPU is slower than it could be: {reason.strip()[-400:]}", file=sys.stderr)
         return None
-    for name in _FUNCTIONS:
+    for name in FUNCTIONS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return library
 
@@ -159,7 +154,7 @@ def _compiled(command: list[str]) -> Path:
     macros = subprocess.run(
         [*command, "-dM", "-E", "-x", "c++", "-"], stdin=subprocess.DEVNULL, check=True, capture_output=True, text=True
     ).stdout
-    files = sorted(_FOLDER.iterdir())
+    files = sorted(FOLDER.iterdir())
     parts = (*(file.read_bytes() for file in files), jax.__version__.encode(), *(map(str.encode, (*command, macros))))
     library = user_cache() / f"cpu_kernel-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
     if not library.exists():

@@ -1,0 +1,91 @@
+"""The kernels compiled for arm64 and run in an emulator, against this processor's, whose own tests hold formulas."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from s1jax.model import cpu_kernel
+
+COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+TYPES = {"float32": 11, "bfloat16": 16, "int32": 4}
+"""As XLA numbers them in xla/ffi/api/c_api.h."""
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which(COMPILER) and shutil.which(EMULATOR)), reason=f"needs {COMPILER} and {EMULATOR} (qemu-user)"
+)
+
+
+class Call:
+    """A call of one kernel: its name, arrays, shapes of its results and attributes."""
+
+    def __init__(self, name: str, arrays: list[Any], results: list[tuple[int, ...]], **attributes: bool):
+        self.name, self.arrays, self.results, self.attributes = name, arrays, results, attributes
+
+    def bytes(self) -> bytes:
+        arrays = [np.asarray(array) for array in self.arrays]
+        shapes = [(TYPES[array.dtype.name], array.ndim, *array.shape) for array in arrays]
+        shapes += [(TYPES["float32"], len(shape), *shape) for shape in self.results]
+        head = [cpu_kernel.FUNCTIONS.index(self.name), len(arrays), len(self.results), len(self.attributes)]
+        numbers = [*head, *self.attributes.values(), *(number for shape in shapes for number in shape)]
+        return b"".join([np.array(numbers, np.int64).tobytes(), *(array.tobytes() for array in arrays)])
+
+    def here(self) -> list[jax.Array]:
+        assert cpu_kernel.available(jnp.float32)
+        results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in self.results]
+        return list(jax.ffi.ffi_call(self.name, results)(*map(jnp.asarray, self.arrays), **self.attributes))
+
+
+def calls() -> Iterator[Call]:
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int, half: bool = False) -> Any:
+        return jnp.asarray(rng.normal(size=shape), jnp.bfloat16 if half else jnp.float32)
+
+    for case in range(40):
+        half = case % 2 == 1
+        rows, inputs, outputs = (int(rng.integers(1, most)) for most in (40, 1100, 90))
+        yield Call("s1jax_multiply", [normal(rows, inputs), normal(outputs, inputs, half=half)], [(rows, outputs)])
+
+        a, b = bool(case & 2), bool(case & 4)
+        operands = [normal(inputs, rows) if a else normal(rows, inputs)]
+        operands += [normal(outputs, inputs, half=half) if b else normal(inputs, outputs, half=half)]
+        yield Call("s1jax_matmul", operands, [(rows, outputs)], transpose_a=a, transpose_b=b)
+
+        batch, kv_heads, group, slots, size = (int(rng.integers(1, most)) for most in (4, 4, 10, 150, 140))
+        query, cache = (batch, kv_heads, group, size), (batch, kv_heads, slots, size)
+        last = rng.integers(0, slots, batch).astype(np.int32)
+        yield Call(
+            "s1jax_attend", [normal(*query), normal(*cache, half=half), normal(*cache, half=half), last], [query]
+        )
+
+        query, key = (batch, slots, kv_heads * group, size), (batch, slots, kv_heads, size)
+        segments = np.sort(rng.integers(0, 4, (batch, slots)).astype(np.int32))
+        packed = [normal(*query), normal(*key), normal(*key), segments]
+        yield Call("s1jax_attention", packed, [query])
+        yield Call("s1jax_attention_gradients", [*packed, normal(*query)], [query, key, key])
+
+
+@pytest.mark.slow
+def test_the_kernels_compute_the_same_on_arm64(tmp_path: Path) -> None:
+    program = str(tmp_path / "program")
+    sources = [Path(__file__).with_name("call_kernels.cc"), *cpu_kernel.FOLDER.glob("*.cc")]
+    command = [COMPILER, *cpu_kernel.FLAGS, "-static", f"-I{jax.ffi.include_dir()}", *map(str, sources), "-o", program]
+    subprocess.run(command, check=True)
+    made = list(calls())
+    run = subprocess.run(
+        [EMULATOR, program], input=b"".join(call.bytes() for call in made), check=True, stdout=subprocess.PIPE
+    )
+    numbers, at = np.frombuffer(run.stdout, np.float32), 0
+    for call in made:
+        for here, shape in zip(call.here(), call.results, strict=True):
+            there = numbers[at : at + np.prod(shape)].reshape(shape)
+            at += there.size
+            np.testing.assert_allclose(there, here, rtol=1e-4, atol=1e-4, err_msg=call.name)
+    assert at == numbers.size
