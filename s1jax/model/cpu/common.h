@@ -23,6 +23,11 @@
 
 #include "xla/ffi/api/ffi.h"
 
+template <>
+struct xla::ffi::CtxBinding<xla::ffi::ThreadPool> {
+  using Ctx = ThreadPool;
+};
+
 namespace s1jax {
 
 namespace ffi = xla::ffi;
@@ -53,9 +58,7 @@ typedef float Floats __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 
-struct BFloat16 {
-  uint16_t bits;
-};
+typedef uint16_t BFloat16;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -137,33 +140,27 @@ inline void softmax(float* scores, int64_t n, float scale) {
   for (int64_t i = 0; i < n; i++) scores[i] *= share;
 }
 
-// The threads that XLA lends.
-struct Pool {
-  ffi::ThreadPool threads;
-  Pool(ffi::ThreadPool lent) : threads(lent) {}
-
-  // Does work(i, next) for every i below `count` on this thread, and on those of the pool that are free: what is waited
-  // for is only what another thread has begun, so that a busy pool delays nothing. If `ahead`, `next` is what this thread
-  // does next; else, or if there is none, it is at least `count`.
-  template <class Work>
-  void share(int64_t count, const Work& work, bool ahead = false) {
-    struct Progress {
-      std::atomic<int64_t> taken{0}, done{0};
-    };
-    auto progress = std::make_shared<Progress>();
-    const auto run = [progress, count, work, ahead] {
-      for (int64_t i = progress->taken++, next = count; i < count; i = next) {
-        if (ahead) next = progress->taken++;
-        work(i, next);
-        progress->done.fetch_add(1, std::memory_order_release);
-        if (!ahead) next = progress->taken++;
-      }
-    };
-    for (int64_t i = 1; i < std::min(threads.num_threads(), count); i++) threads.Schedule(std::function<void()>(run));
-    run();
-    while (progress->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
-  }
-};
+// Does work(i, next) for every i below `count` on this thread, and on those that XLA lends and that are free: what is waited
+// for is only what another thread has begun, so that a busy pool delays nothing. If `ahead`, `next` is what this thread
+// does next; else, or if there is none, it is at least `count`.
+template <class Work>
+void share(ffi::ThreadPool& threads, int64_t count, const Work& work, bool ahead = false) {
+  struct Progress {
+    std::atomic<int64_t> taken{0}, done{0};
+  };
+  auto progress = std::make_shared<Progress>();
+  const auto run = [progress, count, work, ahead] {
+    for (int64_t i = progress->taken++, next = count; i < count; i = next) {
+      if (ahead) next = progress->taken++;
+      work(i, next);
+      progress->done.fetch_add(1, std::memory_order_release);
+      if (!ahead) next = progress->taken++;
+    }
+  };
+  for (int64_t i = 1; i < std::min(threads.num_threads(), count); i++) threads.Schedule(std::function<void()>(run));
+  run();
+  while (progress->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
+}
 
 // Calls f with the data of a weight or cache, float32 or bfloat16, as what it is.
 template <class F>
@@ -174,8 +171,3 @@ ffi::Error with_type(const ffi::AnyBuffer& buffer, F f) {
 }
 
 }  // namespace s1jax
-
-template <>
-struct xla::ffi::CtxBinding<s1jax::Pool> {
-  using Ctx = xla::ffi::ThreadPool;
-};

@@ -93,7 +93,7 @@ void products(int64_t rows, int64_t inputs, int64_t outputs, const float* x, con
 }
 
 // y[m, n] = sum_k x[m, k] * weight[n, k].
-ffi::Error multiply(Pool pool, ffi::BufferR2<ffi::F32> x, ffi::AnyBuffer weight, ffi::ResultBufferR2<ffi::F32> y) {
+ffi::Error multiply(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::AnyBuffer weight, ffi::ResultBufferR2<ffi::F32> y) {
   const int64_t rows = x.dimensions()[0], inputs = x.dimensions()[1], outputs = y->dimensions()[1];
   return with_type(weight, [&](auto* data) {
     const int64_t fitting = kBlockBytes / (std::min(inputs, kInputsAtOnce) * sizeof(*data));
@@ -103,7 +103,7 @@ ffi::Error multiply(Pool pool, ffi::BufferR2<ffi::F32> x, ffi::AnyBuffer weight,
       products(rows, inputs, here, x, data + begin * inputs, y + begin, outputs,
                next * width < outputs ? (next - i) * width * inputs : 0);
     };
-    pool.share(divide_up(outputs, width), block, true);
+    share(pool, divide_up(outputs, width), block, true);
   });
 }
 
@@ -126,13 +126,13 @@ void weigh(const float* weights, const V* values, int64_t slots, int64_t size, i
 
 // Softmax attention of each row's queries, (rows, kv_heads, queries, head_dim) and scaled already, over the slots 0..last
 // of its cache, (rows, kv_heads, slots, head_dim); slots after them are not read.
-ffi::Error attend(Pool pool, ffi::BufferR4<ffi::F32> query, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+ffi::Error attend(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> query, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                   ffi::BufferR1<ffi::S32> last, ffi::ResultBufferR4<ffi::F32> context) {
   const auto shape = query.dimensions();
   const int64_t heads = shape[1], queries = shape[2], size = shape[3], slots = keys.dimensions()[2];
   return with_type(keys, [&, x = query.typed_data(), y = context->typed_data(), last = last.typed_data()](auto* key) {
     const auto* value = static_cast<decltype(key)>(values.untyped_data());
-    pool.share(shape[0] * heads, [=](int64_t i, int64_t) {
+    share(pool, shape[0] * heads, [=](int64_t i, int64_t) {
       static thread_local std::vector<float> scores;
       const int64_t seen = std::min<int64_t>(last[i / heads] + 1, slots), cache = i * slots * size, at = i * queries * size;
       scores.resize(queries * seen);

@@ -97,11 +97,11 @@ void tile(const float* a, const float* b, int64_t inputs, float* c, int64_t stri
 // of the pool, or without one on this alone.
 template <class T>
 void product(View<float> a, View<T> b, float* c, int64_t stride, int64_t rows, int64_t inputs, int64_t columns, bool add,
-             Pool* pool = nullptr) {
+             ffi::ThreadPool* pool = nullptr) {
   // c is cut into blocks, which threads compute independently of each other: so many tiles down by so many panels across.
   const int64_t tiles = divide_up(rows, kTileRows), panels = divide_up(columns, kTileColumns);
   const int64_t parts = divide_up(inputs, kInputsAtOnce), depth = divide_up(inputs, parts);
-  const int64_t threads = pool ? pool->threads.num_threads() : 1;
+  const int64_t threads = pool ? pool->num_threads() : 1;
   int64_t down = divide_up(tiles, kTiles), across = divide_up(panels, kPanels);
   // As many for each thread, if there are enough: of the longer side.
   int64_t& more = tiles >= 8 * threads ? down : across;
@@ -125,24 +125,23 @@ void product(View<float> a, View<T> b, float* c, int64_t stride, int64_t rows, i
       }
     }
   };
-  if (pool) return pool->share(down * across, block);
+  if (pool) return share(*pool, down * across, block);
   for (int64_t i = 0; i < down * across; i++) block(i, 0);
 }
 
 template <class T>
-View<T> whole(const T* data, const ffi::AnyBuffer::Dimensions& shape, bool transposed) {
-  const View<T> view{data, shape[1], 1};
-  return transposed ? view.transposed() : view;
+View<T> whole(const T* data, int64_t columns, bool transposed) {
+  return transposed ? View<T>{data, 1, columns} : View<T>{data, columns, 1};
 }
 
 // c = a b, each of both transposed or not; b may be of bfloat16.
-ffi::Error matmul(Pool pool, ffi::BufferR2<ffi::F32> a, ffi::AnyBuffer b, ffi::ResultBufferR2<ffi::F32> c,
+ffi::Error matmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> a, ffi::AnyBuffer b, ffi::ResultBufferR2<ffi::F32> c,
                   ffi::Dictionary how) {
   const bool transpose_a = *how.get<bool>("transpose_a"), transpose_b = *how.get<bool>("transpose_b");
   const int64_t rows = c->dimensions()[0], columns = c->dimensions()[1], inputs = a.dimensions()[transpose_a ? 0 : 1];
   return with_type(b, [&](auto* data) {
-    product(whole(a.typed_data(), a.dimensions(), transpose_a), whole(data, b.dimensions(), transpose_b), c->typed_data(),
-            columns, rows, inputs, columns, false, &pool);
+    product(whole(a.typed_data(), a.dimensions()[1], transpose_a), whole(data, b.dimensions()[1], transpose_b),
+            c->typed_data(), columns, rows, inputs, columns, false, &pool);
   });
 }
 
@@ -176,7 +175,7 @@ struct Block {
 // Calls work(block) for all blocks: those of an example that share a key head in order and on one thread, the longest
 // examples first, so that threads end together. Padding, segment 0, is in none.
 template <class Work>
-void each_block(Pool& pool, const Heads& query, const Heads& key, const Segments& segments, const Work& work) {
+void each_block(ffi::ThreadPool& pool, const Heads& query, const Heads& key, const Segments& segments, const Work& work) {
   struct Example {
     int64_t row, kv_head, begin, end;
     bool operator<(const Example& other) const { return end - begin > other.end - other.begin; }
@@ -191,7 +190,7 @@ void each_block(Pool& pool, const Heads& query, const Heads& key, const Segments
     }
   }
   std::stable_sort(examples.begin(), examples.end());
-  pool.share(examples.size(), [=, heads = query.dimensions()[2], size = key.dimensions()[3]](int64_t i, int64_t) {
+  share(pool, examples.size(), [=, heads = query.dimensions()[2], size = key.dimensions()[3]](int64_t i, int64_t) {
     const auto [row, kv_head, begin, end] = examples[i];
     const int64_t group = heads / kv_heads, at_key = ((row * length + begin) * kv_heads + kv_head) * size;
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++)
@@ -210,7 +209,8 @@ float* cleared(Buffer& buffer) {
 }
 
 // Causal softmax attention within segments.
-ffi::Error attention(Pool pool, Heads query, Heads key, Heads value, Segments segments, ffi::Result<Heads> context) {
+ffi::Error attention(ffi::ThreadPool pool, Heads query, Heads key, Heads value, Segments segments,
+                     ffi::Result<Heads> context) {
   const float *q = query.typed_data(), *k = key.typed_data(), *v = value.typed_data(), scale = scale_of(query);
   float* y = cleared(context);
   each_block(pool, query, key, segments, [=](const Block& block) {
@@ -227,7 +227,7 @@ ffi::Error attention(Pool pool, Heads query, Heads key, Heads value, Segments se
 }
 
 // The gradients with respect to the query, key and value, given that of the context.
-ffi::Error attention_gradients(Pool pool, Heads query, Heads key, Heads value, Segments segments, Heads of_context,
+ffi::Error attention_gradients(ffi::ThreadPool pool, Heads query, Heads key, Heads value, Segments segments, Heads of_context,
                                ffi::Result<Heads> of_query, ffi::Result<Heads> of_key, ffi::Result<Heads> of_value) {
   const float *q = query.typed_data(), *k = key.typed_data(), *v = value.typed_data(), scale = scale_of(query);
   const float* of_y = of_context.typed_data();
