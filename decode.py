@@ -6,7 +6,7 @@ from typing import Any
 
 from s1jax.config import BenchmarkConfig, EvaluateConfig, GenerateConfig, ScoreConfig
 from s1jax.config_reader import command_line
-from s1jax.device_memory import use_most_of_gpu
+from s1jax.device_memory import use_most_of_memory
 from s1jax.planning.hardware import use_compilers_only
 
 MODES: dict[str, tuple[type[Any], str]] = {
@@ -34,7 +34,7 @@ def main(words: list[str]) -> int:
         use_compilers_only()
         mode, module = "plan", "s1jax.planning.generation"
     else:
-        use_most_of_gpu()
+        use_most_of_memory()
         # Imported here because it is slow: --help and mistakes in the keys answer at once.
         from s1jax.compilation_cache import keep_compilations
 

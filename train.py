@@ -4,7 +4,7 @@ import sys
 
 from s1jax.config import TrainConfig
 from s1jax.config_reader import command_line
-from s1jax.device_memory import use_most_of_gpu
+from s1jax.device_memory import use_most_of_memory
 from s1jax.planning.hardware import use_compilers_only
 
 
@@ -14,7 +14,7 @@ def main(words: list[str]) -> int:
     if config.plan.target:
         use_compilers_only()
     else:
-        use_most_of_gpu()
+        use_most_of_memory()
     # Imported here because it is slow: --help and mistakes in the keys answer at once.
     from s1jax.command import exit_status
 

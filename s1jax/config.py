@@ -29,7 +29,7 @@ PathText = Annotated[str, AfterValidator(_check_path)]
 
 Implementation = Literal["auto", "plain", "chunked", "blocks", "kernel", "cudnn", "splash"]
 """Of attention; `model.attention.attention` says what each is."""
-Remat = Literal["none", "dots", "heads", "gate", "full"]
+Remat = Literal["none", "dots", "offload", "heads", "gate", "full"]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -55,7 +55,8 @@ class TrainedModelSection(ModelSection):
     remat: Remat = Field(
         default="full",
         description="what the forward pass keeps: none = everything, dots = matmul outputs, heads = gate and queries, "
-        "keys, values, gate = inputs of both blocks and gate projections, full = layer inputs only",
+        "keys, values, gate = inputs of both blocks and gate projections, full = layer inputs only, "
+        "offload = gate, and queries, keys, values and up projections in the host's memory",
     )
     remat_by_length: dict[Positive, Remat] | None = Field(
         default=None, description="another remat for rows of up to so many tokens; as {8192: heads, 16384: gate}"

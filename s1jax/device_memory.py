@@ -11,12 +11,15 @@ GPU_MEMORY_FRACTION = 0.94
 """The rest, about 5 GiB of an H100, is for the driver, CUDA libraries and NCCL."""
 
 
-def use_most_of_gpu() -> None:
-    """Let jax take that much, of which its own default is three quarters; before jax is imported.
+def use_most_of_memory() -> None:
+    """Let jax take that much, of which its own default is three quarters; before jax is imported. Only GPUs heed it.
 
-    XLA_PYTHON_CLIENT_MEM_FRACTION in the environment wins. Only GPUs heed it.
+    And for what a step moves off the GPUs, what it needs of the host's memory, up to nine tenths; its own default is
+    64 GiB. XLA_PYTHON_CLIENT_MEM_FRACTION and XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB in the environment win.
     """
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_FRACTION))
+    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(int(0.9 * host / GIB)))
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8

@@ -14,7 +14,7 @@ import time
 from importlib import import_module
 from pathlib import Path
 
-from s1jax.device_memory import use_most_of_gpu
+from s1jax.device_memory import use_most_of_memory
 
 SECTIONS = ("peer", "correctness", "training", "decoding")
 """Modules of this package; transformers comes first, as long as nobody else holds the memory."""
@@ -30,7 +30,7 @@ def main() -> int:
     ends = time.monotonic() + 60 * words.minutes
     # Before jax is imported. Memory is taken as it is needed, so that its peak says something.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    use_most_of_gpu()
+    use_most_of_memory()
     from benchmarks.device.report import Report
     from benchmarks.device.sizes import REAL, TOY
 

@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.device.report import Report, Row
 from benchmarks.device.sizes import Sizes
 from benchmarks.device.timing import seconds_of, shares_of_time
-from s1jax.config import OptimizerSection
+from s1jax.config import OptimizerSection, Remat
 from s1jax.data.packing import Batch
 from s1jax.device_memory import limit_bytes
 from s1jax.mesh import make_mesh
@@ -22,20 +22,23 @@ from s1jax.training.step import abstract_state, batch_sharding, compile_step, in
 
 _EXAMPLES = 2
 """Of a row: s1K's are 4,700 tokens long on average."""
+_REMAT: tuple[Remat, ...] = ("gate", "offload")
 
 
 def run(report: Report, sizes: Sizes) -> None:
-    """A step of each model."""
+    """A step of each model, with what the presets keep and with some of it moved to the host's memory."""
     for name, config in sizes.models.items():
-        report.case("Training", name, partial(_step, report, name, config, sizes))
+        for remat in _REMAT:
+            case = f"{name}, remat {remat}"
+            report.case("Training", case, partial(_step, report, case, config, remat, sizes))
 
 
-def _step(report: Report, name: str, config: QwenConfig, sizes: Sizes) -> Row:
+def _step(report: Report, name: str, config: QwenConfig, remat: Remat, sizes: Sizes) -> Row:
     device = jax.local_devices()[0]
     memory = limit_bytes(device) or 0
     mesh, section = make_mesh(1, 1, 1, [device]), OptimizerSection()
     config = replace(config, num_hidden_layers=_layers(config, sizes.training_memory * memory))
-    model = Qwen(config, remat="gate")
+    model = Qwen(config, remat=remat)
     length = sizes.row
     lengths = np.full((1, 1, _EXAMPLES), length // _EXAMPLES, np.int32)
     positions = np.tile(np.arange(length // _EXAMPLES, dtype=np.int32), _EXAMPLES)[None, None]

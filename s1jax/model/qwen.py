@@ -34,6 +34,12 @@ _REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "gate": jax.checkpoint_policies.save_only_these_names("attended", "gate"),
     "heads": jax.checkpoint_policies.save_only_these_names("attended", "gate", "heads"),
     "dots": is_product,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["attended", "gate"],
+        names_which_can_be_offloaded=["heads", "up"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -180,7 +186,7 @@ class MLP(nnx.Module):
     def __call__(self, x: Hidden) -> Hidden:
         """Apply the block to each token."""
         gate = checkpoint_name(project(x, self.gate[...], outputs_first=self.outputs_first), "gate")
-        up = project(x, self.up[...], outputs_first=self.outputs_first)
+        up = checkpoint_name(project(x, self.up[...], outputs_first=self.outputs_first), "up")
         inner = constrain(gated(gate, up), "batch", "length", "mlp")
         return project(inner, self.down[...], outputs_first=self.outputs_first)
 
@@ -241,7 +247,8 @@ class Qwen:
     `dtype` is that of the computation, `param_dtype` of the stored parameters. `remat` says what the forward pass
     keeps for the backward pass: "none" everything (no rematerialisation), "dots" the weight matmuls' outputs, "gate"
     each layer's input, the sum after its attention and its gate projection, which saves half of what recomputation
-    costs, "heads" queries, keys and values too, "full" only the input.
+    costs, "heads" queries, keys and values too, "full" only the input. "offload" moves those and the up projection to
+    the host's memory and back while the device computes.
     """
 
     config: QwenConfig

@@ -17,7 +17,7 @@ from s1jax.planning.training import TrainingPlan, plan_run, resolve_architecture
 
 DOES_NOT_FIT = 3
 """Exit status of a plan that was made, and says no."""
-_SEARCHED_REMAT: tuple[Remat, ...] = ("full", "gate", "heads", "dots")
+_SEARCHED_REMAT: tuple[Remat, ...] = ("full", "gate", "offload", "heads", "dots")
 """From the policy that needs least memory to the one that needs most."""
 _BLOCK_EIGHTHS = (8, 6, 4, 3, 2, 1)
 """Of `data.block_size`, the shares that a search tries in turn."""

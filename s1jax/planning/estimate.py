@@ -11,7 +11,7 @@ from s1jax.compiling import NoRoomError, compile_within_memory
 from s1jax.device_memory import GPU_MEMORY_FRACTION
 from s1jax.planning.hardware import Hardware, PlanError, Target
 from s1jax.planning.hlo import Collective, Program
-from s1jax.planning.traffic import launches, memory_traffic
+from s1jax.planning.traffic import host_traffic, launches, memory_traffic
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,12 @@ class Memory:
     """What else goes into the program: a step's rows, or a decoder's cache."""
     temporaries: int
     """Activations, gradients and whatever else lives only while the program runs, and results that reuse no input."""
+    on_host: int = 0
+    """In the memory of the host, not of the device."""
 
     @property
     def total(self) -> int:
-        """All of it at once."""
+        """All of it at once that is on the device."""
         return self.parameters + self.optimizer + self.batch + self.temporaries
 
 
@@ -42,7 +44,10 @@ class Estimate:
     exchange: float
     """All collectives at the full bandwidth of their links."""
     exposed: float
-    """Of these, what is not hidden behind arithmetic: those of the tensor axis, and what exceeds the arithmetic."""
+    """What is not hidden behind arithmetic: collectives of the tensor axis, and what of the others and of `host` takes
+    longer than the arithmetic beside it."""
+    host: float
+    """All transfers between the device and its host's memory at their full bandwidth."""
     latency: float = 0.0
     """Of launches and of collectives however small, where it is counted."""
 
@@ -72,7 +77,8 @@ def compile_for(target: Target, lowered: Lowered, what: str) -> Any:
 def estimate(program: Program, target: Target, mesh: Mesh, *, efficiency: float, kernel_flops: float = 0.0) -> Estimate:
     """The roofline of one run; `kernel_flops` are those of one device that the program's HLO does not show.
 
-    Latency is not counted: `latency` says it.
+    What is moved to the host is what a training step's forward pass keeps, a third of the arithmetic, and its backward
+    pass fetches. Latency is not counted: `latency` says it.
     """
     hardware = target.hardware
     compute = (program.dot_flops + kernel_flops) / (hardware.peak_flops * efficiency)
@@ -81,11 +87,14 @@ def estimate(program: Program, target: Target, mesh: Mesh, *, efficiency: float,
     seconds = {c: _exchange_seconds(c, target) for c in program.collectives}
     tensor = sum(time for collective, time in seconds.items() if collective.group == tensor_group)
     others = sum(seconds.values()) - tensor
+    written, read = (num_bytes / hardware.host_bandwidth for num_bytes in host_traffic(program))
+    waited = max(0.0, written - compute / 3) + max(0.0, read - 2 * compute / 3)
     return Estimate(
         compute=compute,
         memory=memory_traffic(program).num_bytes / hardware.memory_bandwidth,
         exchange=tensor + others,
-        exposed=tensor + max(0.0, others - compute),
+        exposed=tensor + max(0.0, others - compute) + waited,
+        host=written + read,
     )
 
 

@@ -38,6 +38,8 @@ class Hardware:
     """Bytes per second, one way, that a device has to the others of its host (GPU) or of its slice (TPU)."""
     network_bandwidth: float
     """Bytes per second, one way, that a device has to other hosts."""
+    host_bandwidth: float
+    """Bytes per second, one way, that a device has to the memory of its host."""
     launch_latency: float
     """Seconds that an operation takes however small it is."""
     collective_latency: float
@@ -84,24 +86,27 @@ _B200_MEMORY, _GB200_MEMORY = 191_503_532_032, 197_568_495_616
 HARDWARE = {
     hardware.name: hardware
     for hardware in (
-        # NVLink 4: 900 GB/s both ways; a 400 Gb/s adapter for each GPU. A100: NVLink 3 and 200 Gb/s.
-        Hardware("h100", "NVIDIA H100", "cuda", _H100_MEMORY, 3.352e12, 450e9, 50e9, *_GPU_LATENCIES,
+        # NVLink 4: 900 GB/s both ways; a 400 Gb/s adapter for each GPU; PCIe 5. A100: NVLink 3, 200 Gb/s, PCIe 4.
+        Hardware("h100", "NVIDIA H100", "cuda", _H100_MEMORY, 3.352e12, 450e9, 50e9, 64e9, *_GPU_LATENCIES,
                  _gpu(132, 1.98, _H100_MEMORY, 3.352e12, 52_428_800, 233_472, "9.0")),
-        Hardware("h200", "NVIDIA H200", "cuda", _H200_MEMORY, 4.8e12, 450e9, 50e9, *_GPU_LATENCIES,
+        Hardware("h200", "NVIDIA H200", "cuda", _H200_MEMORY, 4.8e12, 450e9, 50e9, 64e9, *_GPU_LATENCIES,
                  _gpu(132, 1.98, _H200_MEMORY, 4.8e12, 52_428_800, 233_472, "9.0")),
-        # NVLink 5: 1,800 GB/s both ways. Of a GB200's NVLink domain only the four GPUs of a host are planned with.
-        Hardware("b200", "NVIDIA B200", "cuda", _B200_MEMORY, 8.0e12, 900e9, 50e9, *_GPU_LATENCIES,
+        # NVLink 5: 1,800 GB/s both ways. Of a GB200's NVLink domain only the four GPUs of a host are planned with;
+        # two share 450 GB/s to their host.
+        Hardware("b200", "NVIDIA B200", "cuda", _B200_MEMORY, 8.0e12, 900e9, 50e9, 64e9, *_GPU_LATENCIES,
                  _gpu(148, 1.965, _B200_MEMORY, 8.0e12, 132_644_864, 233_472, "10.0")),
-        Hardware("gb200", "NVIDIA GB200", "cuda", _GB200_MEMORY, 8.0e12, 900e9, 50e9, *_GPU_LATENCIES,
+        Hardware("gb200", "NVIDIA GB200", "cuda", _GB200_MEMORY, 8.0e12, 900e9, 50e9, 225e9, *_GPU_LATENCIES,
                  _gpu(152, 1.965, _GB200_MEMORY, 8.0e12, 132_644_864, 233_472, "10.0")),
-        Hardware("a100-80g", "NVIDIA A100", "cuda", _A100_MEMORY, 2.039e12, 300e9, 25e9, *_GPU_LATENCIES,
+        Hardware("a100-80g", "NVIDIA A100", "cuda", _A100_MEMORY, 2.039e12, 300e9, 25e9, 32e9, *_GPU_LATENCIES,
                  _gpu(108, 1.41, _A100_MEMORY, 2.039e12, 41_943_040, 167_936, "8.0")),
-        # TPU: the bandwidth of all of a chip's interconnect links together, one way; a slice has no slower part.
-        Hardware("v5p", "TPU v5p", "tpu", int(95.74 * GIB), 2.765e12, 300e9, 300e9, *_TPU_LATENCIES),
-        Hardware("v5e", "TPU v5e", "tpu", int(15.75 * GIB), 0.819e12, 100e9, 100e9, *_TPU_LATENCIES),
+        # TPU: the bandwidth of all of a chip's interconnect links together, one way; a slice has no slower part. To the
+        # host, what the book "How to Scale Your Model" reckons with.
+        Hardware("v5p", "TPU v5p", "tpu", int(95.74 * GIB), 2.765e12, 300e9, 300e9, 15e9, *_TPU_LATENCIES),
+        Hardware("v5e", "TPU v5e", "tpu", int(15.75 * GIB), 0.819e12, 100e9, 100e9, 15e9, *_TPU_LATENCIES),
         # Two devices a chip, each with half of its memory, arithmetic and links.
-        Hardware("tpu7x", "TPU7x", "tpu", int(94.75 * GIB), 3.69e12, 300e9, 300e9, *_TPU_LATENCIES, devices_per_chip=2),
-        Hardware("v6e", "TPU v6e", "tpu", int(31.25 * GIB), 1.638e12, 224e9, 224e9, *_TPU_LATENCIES),
+        Hardware("tpu7x", "TPU7x", "tpu", int(94.75 * GIB), 3.69e12, 300e9, 300e9, 15e9, *_TPU_LATENCIES,
+                 devices_per_chip=2),
+        Hardware("v6e", "TPU v6e", "tpu", int(31.25 * GIB), 1.638e12, 224e9, 224e9, 15e9, *_TPU_LATENCIES),
     )
 }  # fmt: skip
 """Memory is what the compiler may use, a little less than the data sheet's."""

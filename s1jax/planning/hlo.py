@@ -15,11 +15,13 @@ import numpy as np
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 _BYTES |= {"s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1, "s4": 1, "u4": 1}
+BESIDE = ("async-start", "fusion-start")
+"""What starts other operations beside those after it; `called_by` says which."""
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.$-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.$-]+) = (.*)$")
-_SHAPE = re.compile(r"\b([a-z]+[0-9a-z]*)\[([\d,]*)\](?:\{[^}]*?(S\(\d+\))?\})?")
+_SHAPE = re.compile(r"\b([a-z]+[0-9a-z]*)\[([\d,]*)\](?:\{[^}]*?(?:S\((\d+)\))?\})?")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=\{?%?([\w.$-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
@@ -36,13 +38,18 @@ class Shape(NamedTuple):
 
     dtype: str
     dimensions: tuple[int, ...]
-    on_chip: bool = False
-    """In a memory of the compute unit itself, such as a TPU's VMEM, and not in the device's main memory."""
+    space: int = 0
+    """The memory that it is in, as XLA numbers them: 0 the device's main memory, 5 the host's, others on the chip."""
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the whole array; 0 for a token or an unknown type."""
         return _BYTES.get(self.dtype, 0) * math.prod(self.dimensions)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether it is in the host's memory."""
+        return self.space == 5
 
 
 class Collective(NamedTuple):
@@ -77,7 +84,7 @@ class Instruction:
     @property
     def memory_bytes(self) -> int:
         """Bytes of the result that lie in the device's main memory."""
-        return sum(shape.num_bytes for shape in self.shapes if not shape.on_chip)
+        return sum(shape.num_bytes for shape in self.shapes if not shape.space)
 
 
 Computation = dict[str, Instruction]
@@ -181,7 +188,7 @@ class Program:
         def flops(instruction: Instruction, computation: Computation) -> float:
             if instruction.opcode in ("dot", "convolution"):
                 return _dot_flops(instruction, computation)
-            if instruction.opcode in ("fusion", "async-start"):
+            if instruction.opcode == "fusion" or instruction.opcode in BESIDE:
                 inner = self.called_by(instruction) or {}
                 return sum(flops(inside, inner) for inside in inner.values())
             return 0.0
@@ -240,7 +247,7 @@ def _parse(name: str, definition: str, *, is_root: bool) -> Instruction:
     result, rest = definition[:start], definition[start:].lstrip()
     opcode, _, arguments = rest.partition("(")
     operands = re.findall(r"%([\w.$-]+)", _balanced(arguments))
-    shapes = tuple(Shape(dtype, _dimensions(text), bool(space)) for dtype, text, space in _SHAPE.findall(result))
+    shapes = tuple(Shape(dtype, _dimensions(text), int(space or 0)) for dtype, text, space in _SHAPE.findall(result))
     return Instruction(name, shapes, opcode.strip(), tuple(operands), rest, is_root)
 
 

@@ -9,7 +9,7 @@ from s1jax.planning.storage import Storage
 from s1jax.planning.training import TrainingPlan
 
 _COLUMNS = (
-    "  rows x length  steps  remat    GiB = params   optim   batch    temp  FLOP ratio"
+    "  rows x length  steps  remat      GiB = params   optim   batch    temp  FLOP ratio"
     "   s/step = compute  memory + exposed"
 )
 
@@ -40,7 +40,7 @@ def describe(plan: TrainingPlan) -> str:
         parts = (memory.total, memory.parameters, memory.optimizer, memory.batch, memory.temporaries)
         total, params, optimizer, batch, temporaries = (f"{part / GIB:7.2f}" for part in parts)
         lines.append(
-            f"{shape.rows:6} x {shape.length:6} {shape.steps:6}  {shape.remat:5}"
+            f"{shape.rows:6} x {shape.length:6} {shape.steps:6}  {shape.remat:7}"
             f" {total} {params} {optimizer} {batch} {temporaries} {shape.flop_ratio:11.3f}"
             f" {seconds.total:8.2f} {seconds.compute:9.2f} {seconds.memory:7.2f} {seconds.exposed:9.2f}"
         )
@@ -54,6 +54,11 @@ def describe(plan: TrainingPlan) -> str:
     lines.append("kernels: " + (", ".join(f"{name} x {n}" for name, n in largest.kernels.items()) or "none"))
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     lines.append(f"memory: {plan.peak_bytes / GIB:.1f} of {plan.usable_bytes / GIB:.1f} GiB: {verdict}")
+    if on_host := max(shape.memory.on_host for shape in plan.shapes):
+        lines.append(
+            f"in the host's memory: {on_host / GIB:.1f} GiB for each device, moved there and back in "
+            f"{largest.estimate.host:.2f} s/step"
+        )
     lines.append(f"FLOPs of the program over the model's, averaged over the steps: {plan.flop_ratio:.3f}")
     lines.append(f"{plan.steps} steps: {plan.seconds / 60:.1f} min")
     if plan.storage:
@@ -83,8 +88,9 @@ def assumptions(section: PlanSection, target: Target, plan: TrainingPlan) -> str
             f"assumed: matrix products and attention kernels at {section.efficiency:.0%} of "
             f"{hardware.peak_flops / 1e12:.0f} TFLOP/s; memory at {hardware.memory_bandwidth / 1e12:.2f} TB/s; "
             f"links at {hardware.link_bandwidth / 1e9:.0f} GB/s in a host or slice and "
-            f"{hardware.network_bandwidth / 1e9:.0f} GB/s a device between hosts; collectives of the tensor axis "
-            "exposed, the others hidden behind arithmetic as far as it lasts.",
+            f"{hardware.network_bandwidth / 1e9:.0f} GB/s a device between hosts, to the host's memory "
+            f"{hardware.host_bandwidth / 1e9:.0f} GB/s; collectives of the tensor axis exposed, the others and "
+            "moving to the host and back hidden behind arithmetic as far as it lasts.",
             f"not counted: start, compilation ({len(plan.shapes)} programs)"
             + ("" if plan.storage else ", checkpoints, export (plan.storage_gigabytes_per_second)"),
         ]

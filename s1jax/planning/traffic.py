@@ -6,9 +6,10 @@ A transfer in two halves counts where it starts. What lies in a memory on the ch
 """
 
 from collections import Counter
+from functools import partial
 from typing import NamedTuple
 
-from s1jax.planning.hlo import COLLECTIVES, Computation, Instruction, Program
+from s1jax.planning.hlo import BESIDE, COLLECTIVES, Computation, Instruction, Program, Shape
 
 _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "opt-barrier", "iota"}
 _FREE |= {
@@ -23,6 +24,7 @@ _FREE |= {
     "add-dependency",
     "async-update",
     "async-done",
+    "fusion-done",
 }
 """Operations that move nothing, or whose inside is counted in its own place."""
 _SLICES = ("dynamic-slice", "slice", "gather")
@@ -41,7 +43,8 @@ _WHOLE = {
     "triangular-solve", "fft", "bitcast-convert"
 }  # fmt: skip
 """Operations that read all of their operands and write all of their result."""
-_STARTS = {"copy-start", "slice-start", "dynamic-slice-start"} | {f"{kind}-start" for kind in COLLECTIVES}
+_PIECE_STARTS = {"slice-start", "dynamic-slice-start", "dynamic-update-slice-start"}
+_STARTS = {"copy-start"} | _PIECE_STARTS | {f"{kind}-start" for kind in COLLECTIVES}
 _FREE_CALLS = {"ConcatBitcast", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked", "AllocateBuffer"}
 _FREE_CALLS |= {
     "PrepareAsyncCallStart",
@@ -73,6 +76,47 @@ def memory_traffic(program: Program) -> Traffic:
     return Traffic(num_bytes, dict(unknown))
 
 
+class HostTraffic(NamedTuple):
+    """Bytes that one run of a program moves between a device and its host's memory."""
+
+    written: float
+    """To the host."""
+    read: float
+
+
+def host_traffic(program: Program) -> HostTraffic:
+    """Of one run of the program."""
+
+    def moved(instruction: Instruction, computation: Computation, to_host: bool) -> float:
+        if instruction.opcode == "fusion" or instruction.opcode in BESIDE:
+            inner = program.called_by(instruction) or {}
+            return sum((moved(inside, inner, to_host) for inside in inner.values()), 0.0)
+        transfer = _transfer(instruction, computation)
+        if transfer is None:
+            return 0.0
+        source, target, piece = transfer
+        return float(piece.num_bytes) if source.on_host != to_host == target.on_host else 0.0
+
+    return HostTraffic(program.sum(partial(moved, to_host=True)), program.sum(partial(moved, to_host=False)))
+
+
+def _transfer(instruction: Instruction, computation: Computation) -> tuple[Shape, Shape, Shape] | None:
+    """Of an operation that moves an array or a piece of one: where it was, where it is then, what moves."""
+    opcode, shapes = instruction.opcode, instruction.shapes
+    operands = [computation[name].shapes[0] for name in instruction.operands if name in computation]
+    if opcode in (*_SLICES, "copy") and operands:
+        return operands[0], shapes[0], shapes[0]
+    if opcode in _UPDATES and len(operands) > _UPDATES[opcode]:
+        return operands[_UPDATES[opcode]], shapes[0], operands[_UPDATES[opcode]]
+    if opcode == "copy-start":
+        return shapes[1], shapes[0], shapes[0]
+    if opcode in _PIECE_STARTS:
+        # The whole array comes first, then what is taken of it or put there, before or after the indices.
+        piece = next(shape for shape in shapes[1:] if shape.dimensions)
+        return (piece, shapes[0], piece) if "update" in opcode else (shapes[0], piece, piece)
+    return None
+
+
 def launches(program: Program) -> int:
     """Operations that one run of the program starts one after the other; copies and collectives beside them aside."""
     aside = {*_FREE, *_STARTS, *COLLECTIVES}
@@ -91,7 +135,7 @@ def _known(instruction: Instruction) -> bool:
         target = Program.target(instruction) or ""
         return target in _FREE_CALLS or any(part in target for part in _KERNEL_CALLS)
     is_done = opcode.endswith("-done") and opcode.removesuffix("done") + "start" in _STARTS
-    others = {"fusion", "async-start", "broadcast", *_SLICES, *_UPDATES, *COLLECTIVES}
+    others = {"fusion", "broadcast", *BESIDE, *_SLICES, *_UPDATES, *COLLECTIVES}
     return is_done or opcode in _FREE | _WHOLE | _STARTS | others
 
 
@@ -106,12 +150,13 @@ def _traffic(program: Program, instruction: Instruction, computation: Computatio
     if opcode in _SLICES:
         return float(min(instruction.num_bytes, _operand_bytes(instruction, computation, 0)) + instruction.memory_bytes)
     if opcode in _UPDATES:
-        return 2.0 * _operand_bytes(instruction, computation, _UPDATES[opcode])
+        sides = 2.0 if instruction.memory_bytes else 1.0
+        return sides * _operand_bytes(instruction, computation, _UPDATES[opcode])
     if opcode == "broadcast":
         return float(instruction.memory_bytes)
     if opcode == "fusion":
         return _fusion_traffic(program, instruction, computation)
-    if opcode == "async-start":
+    if opcode in BESIDE:
         inner = program.called_by(instruction) or {}
         return sum(_traffic(program, inside, inner) for inside in inner.values())
     return float(_all_operands(instruction, computation) + instruction.memory_bytes)
@@ -119,14 +164,10 @@ def _traffic(program: Program, instruction: Instruction, computation: Computatio
 
 def _start_traffic(instruction: Instruction, computation: Computation) -> float:
     """Of a transfer's first half, whose result is a tuple of its operands, its results and flags, in some order."""
-    opcode, shapes = instruction.opcode, instruction.shapes
-    if opcode == "copy-start":
-        target = shapes[0]
-        return float(_operand_bytes(instruction, computation, 0) + (0 if target.on_chip else target.num_bytes))
-    if opcode in ("slice-start", "dynamic-slice-start"):
-        source, piece = shapes[0], shapes[1]
-        return float(sum(0 if shape.on_chip else piece.num_bytes for shape in (source, piece)))
-    if opcode == "all-reduce-start":
+    if transfer := _transfer(instruction, computation):
+        *both, piece = transfer
+        return float(sum(0 if side.space else piece.num_bytes for side in both))
+    if instruction.opcode == "all-reduce-start":
         return float(_all_operands(instruction, computation) + instruction.memory_bytes)
     # The others' results hold the operands too, which are read once.
     return float(instruction.memory_bytes)
@@ -182,6 +223,6 @@ def _written(instruction: Instruction, inner: Computation) -> float:
 def _updated_bytes(root: Instruction, inner: Computation) -> int:
     while root.opcode in _PASSING_ON and root.operands and root.operands[0] in inner:
         root = inner[root.operands[0]]
-    if root.opcode in _UPDATES:
+    if root.opcode in _UPDATES and root.memory_bytes:
         return _operand_bytes(root, inner, _UPDATES[root.opcode])
     return root.memory_bytes

@@ -224,6 +224,7 @@ class _Planner:
                 optimizer=device_bytes(self._state.optimizer),
                 batch=device_bytes(batch),
                 temporaries=temporaries(compiled, self._target.hardware.platform),
+                on_host=int(compiled.memory_analysis().host_temp_size_in_bytes),
             ),
             dot_flops=program.dot_flops,
             model_flops=6.0 * matmul_parameters(config) * rows * length / self._mesh.size,

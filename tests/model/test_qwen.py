@@ -68,7 +68,7 @@ def one_device(request):
     return request.param, params, loss_and_gradients(model, params, packed_batch())
 
 
-@pytest.mark.parametrize("remat", ["full", "gate", "heads", "dots"])
+@pytest.mark.parametrize("remat", ["full", "gate", "heads", "offload", "dots"])
 def test_rematerialisation_changes_nothing(one_device, remat: str) -> None:
     name, params, expected = one_device
     assert_close(loss_and_gradients(build(name, remat=remat), params, packed_batch()), expected)

@@ -109,7 +109,7 @@ def test_a_search_ranks_what_fits_and_leaves_out_what_needs_more_than_what_does_
     tried = {(p["gradient_accumulation_steps"], p["remat"]): p["fits"] for p in plans}
     assert len(tried) == len(plans)
     assert tried[2, "gate"]
-    by_need = ["full", "gate", "heads", "dots", "none"]
+    by_need = ["full", "gate", "offload", "heads", "dots", "none"]
     for microbatches in (1, 2):
         fits = [tried[microbatches, remat] for remat in by_need if (microbatches, remat) in tried]
         # All from the least on, up to the first that does not fit.
@@ -119,6 +119,26 @@ def test_a_search_ranks_what_fits_and_leaves_out_what_needs_more_than_what_does_
     ranks = [(not p["fits"], p["seconds"]) for p in plans]
     assert ranks == sorted(ranks)
     assert "ranked (those that fit first, by time):" in process.stdout
+
+
+@pytest.mark.slow
+def test_what_is_offloaded_is_neither_kept_nor_computed_again(tmp_path: Path) -> None:
+    layers, wide, heads, kv_heads = 6, 16_384, 16, 2
+    sizes = {"hidden_size": 2048, "intermediate_size": wide, "num_attention_heads": heads, "head_dim": 128}
+    sizes |= {"num_hidden_layers": layers, "num_key_value_heads": kv_heads, "vocab_size": 512}
+    model = model_directory(tmp_path / "model", {**QWEN2, **sizes})
+    words = (f"model.path={model}", "data.path=none", "training.output_dir=none", "data.block_size=8192")
+    shapes = {}
+    for remat in ("gate", "offload"):
+        content = plan(tmp_path / "plan.json", "train.py", *words, "--plan", "h100:1x2", f"model.remat={remat}")
+        (shapes[remat],) = content["shapes"]
+    gate, offload = shapes["gate"], shapes["offload"]
+    kept = layers * 2 * (wide + 128 * (heads + 2 * kv_heads)) * offload["rows"] * offload["length"] // 2
+    assert offload["memory"]["on_host"] == pytest.approx(kept, rel=0.01)
+    assert offload["estimate"]["host"] == pytest.approx(2 * kept / 64e9, rel=0.01)
+    assert gate["memory"]["on_host"] == gate["estimate"]["host"] == 0
+    assert offload["memory"]["temporaries"] < 1.1 * gate["memory"]["temporaries"]
+    assert offload["dot_flops"] < 1.01 * offload["model_flops"] < gate["dot_flops"]
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 
 from s1jax.planning.hardware import HARDWARE
 from s1jax.planning.hlo import Program
-from s1jax.planning.traffic import Traffic, launches, memory_traffic
+from s1jax.planning.traffic import HostTraffic, Traffic, host_traffic, launches, memory_traffic
 from tests.planning.conftest import plan
 from tests.tiny import QWEN2
 
@@ -55,6 +55,56 @@ def test_a_copy_in_two_halves_counts_once() -> None:
         ]
     )
     assert memory_traffic(Program(text)) == (2 * 4 * 1024, {})
+
+
+FAR = "{0:S(5)}"
+TPU_TRANSFERS = f"""
+HloModule m
+
+ENTRY %main (a: f32[64], i: s32[]) -> f32[64] {{
+  %a = f32[64]{{0}} parameter(0)
+  %i = s32[] parameter(1)
+  %kept = f32[1024]{FAR} custom-call(), custom_call_target="AllocateBuffer"
+  %out = ((f32[1024]{FAR}, f32[64]{{0}}, s32[]), f32[1024]{FAR}, u32[]) dynamic-update-slice-start(%kept, %a, %i)
+  %written = f32[1024]{FAR} dynamic-update-slice-done(%out)
+  %in = ((f32[1024]{FAR}, s32[]), f32[64]{{0}}, u32[]) dynamic-slice-start(%written, %i), dynamic_slice_sizes={{64}}
+  ROOT %read = f32[64]{{0}} dynamic-slice-done(%in)
+}}
+"""
+GPU_TRANSFERS = f"""
+HloModule m
+
+%put (k: f32[1024], b: f32[64], j: s32[]) -> f32[1024] {{
+  %k = f32[1024]{FAR} parameter(0)
+  %b = f32[64]{{0}} parameter(1)
+  %j = s32[] parameter(2)
+  ROOT %u = f32[1024]{FAR} dynamic-update-slice(%k, %b, %j)
+}}
+
+%take (k: f32[1024], j: s32[]) -> f32[64] {{
+  %k = f32[1024]{FAR} parameter(0)
+  %j = s32[] parameter(1)
+  ROOT %s = f32[64]{{0}} dynamic-slice(%k, %j), dynamic_slice_sizes={{64}}
+}}
+
+ENTRY %main (a: f32[64], i: s32[]) -> f32[64] {{
+  %a = f32[64]{{0}} parameter(0)
+  %i = s32[] parameter(1)
+  %kept = f32[1024]{FAR} custom-call(), custom_call_target="AllocateBuffer"
+  %out = ((f32[1024]{FAR}, f32[64]{{0}}, s32[]), f32[1024]{FAR}, u32[]) fusion-start(%kept, %a, %i), calls=%put
+  %written = f32[1024]{FAR} fusion-done(%out)
+  %in = ((f32[1024]{FAR}, s32[]), f32[64]{{0}}, u32[]) fusion-start(%written, %i), calls=%take
+  ROOT %read = f32[64]{{0}} fusion-done(%in)
+}}
+"""
+
+
+@pytest.mark.parametrize("text", [TPU_TRANSFERS, GPU_TRANSFERS], ids=["TPU", "GPU"])
+def test_what_goes_to_the_host_and_comes_back_passes_the_devices_memory_once_each(text: str) -> None:
+    assert host_traffic(Program(text)) == HostTraffic(written=256, read=256)
+    assert memory_traffic(Program(text)).unknown == {}
+    # And of a fusion the index.
+    assert memory_traffic(Program(text)).num_bytes == pytest.approx(2 * 256, abs=8)
 
 
 def test_collectives_in_two_halves_read_their_operands_once() -> None:
