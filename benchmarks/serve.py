@@ -16,9 +16,10 @@ from typing import Any
 
 from s1jax.config import GenerateConfig, ModelSection
 from s1jax.decoding.budget import ThinkingBudget
-from s1jax.decoding.generate import Finished, Generation, Request, problem_of
+from s1jax.decoding.generate import Finished, Request, problem_of
 from s1jax.decoding.profiles import prepare_prompt
 from s1jax.decoding.requests import encode_prompt
+from s1jax.decoding.results import Generation
 from s1jax.decoding.setup import build_generator, prepare
 
 BATCH = 32

@@ -326,6 +326,9 @@ class SweepSection:
         default=(), description="the paper's other ways to keep to each number in sweep.max_thinking_tokens"
     )
     max_tries: Positive = Field(default=10, description="of rejection sampling, for one question and budget")
+    share: bool = Field(
+        default=True, description="decode what runs of a question have in common once; false: each alone, for checking"
+    )
 
 
 @dataclass(frozen=True, config=STRICT)

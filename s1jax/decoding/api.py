@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from s1jax.config import DecodingMeshSection, ModelSection
 from s1jax.decoding.budget import ThinkingBudget
-from s1jax.decoding.generate import Finished, Generation, Generator, Request
+from s1jax.decoding.generate import Finished, Generator, Request
 from s1jax.decoding.profiles import DelimiterProfile, load_profile, prepare_prompt, profile_of_model
 from s1jax.decoding.requests import Messages, encode_prompt
+from s1jax.decoding.results import Generation
 from s1jax.decoding.sampling import Sampling
 from s1jax.decoding.setup import check_requests
 from s1jax.model.load import LoadedModel, load_model

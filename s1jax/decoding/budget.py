@@ -135,9 +135,9 @@ def step(
     Returns the new state, the token of each row, whether it was forced, and whether there is one: where not,
     the row is finished (an eos is not written) and its token is 0.
     """
-    free = (state.phase == Phase.THINKING) & (state.text == NO_TEXT)
+    free = _is_free(state)
     spent = free & (state.num_thinking_tokens >= params.max_thinking_tokens)
-    attempt = free & ~spent & ~state.mask_end & tables.is_end[sampled]
+    attempt = end_attempts(state, tables, sampled) & ~spent
     wait_text = params.wait_start + state.num_waits % params.wait_count
     wait_length = tables.text_lengths[wait_text]
     waits = (
@@ -195,6 +195,15 @@ def step(
         finish_reason=finish_reason,
     )
     return new_state, jnp.where(written, token, 0), forced, written
+
+
+def _is_free(state: RowState) -> Bool[Array, " batch"]:
+    return (state.phase == Phase.THINKING) & (state.text == NO_TEXT)
+
+
+def end_attempts(state: RowState, tables: Tables, sampled: Int[Array, " batch"]) -> Bool[Array, " batch"]:
+    """Which rows draw an end of their thinking; `step` minds it unless the budget is spent."""
+    return _is_free(state) & ~state.mask_end & tables.is_end[sampled]
 
 
 @dataclass(frozen=True)

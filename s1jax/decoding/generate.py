@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,9 @@ from jax.errors import JaxRuntimeError
 from transformers import PreTrainedTokenizerBase
 
 from s1jax.decoding.budget import (
-    FinishReason,
     Phase,
+    RowParams,
+    RowState,
     ThinkingBudget,
     ThinkingEnd,
     build_tables,
@@ -20,14 +22,15 @@ from s1jax.decoding.budget import (
     start_rows,
 )
 from s1jax.decoding.finite import NonFiniteError
+from s1jax.decoding.forks import Fork, Rules, WaitTexts, fork
 from s1jax.decoding.hosts import to_host
 from s1jax.decoding.loop import Chunk, Rows, Shared, decode_chunk, empty_cache, grow, insert, prefill
 from s1jax.decoding.profiles import PreparedPrompt, ProfileIds
+from s1jax.decoding.results import Generation, generation_of, under
 from s1jax.decoding.sampling import Sampling, request_key
 from s1jax.mesh import batch_shards
 from s1jax.model.load import LoadedModel
 from s1jax.model.qwen import KVCache
-from s1jax.tokenizer import decode
 
 STEPS_PER_CHUNK = 32
 """Decode steps between two looks of the host at the rows."""
@@ -50,33 +53,6 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Generation:
-    """The result of one request; the names are those of the output file."""
-
-    prompt_ids: list[int]
-    """What the model was given, start delimiter included."""
-    output_ids: list[int]
-    """All that follows, without the eos that ended the answer."""
-    forced: list[bool]
-    """Of each output id, whether the budget wrote it instead of the model."""
-    text: str
-    """The output ids decoded at once."""
-    thinking: str
-    answer: str
-    """What follows the end of thinking, a forced "Final Answer:" included."""
-    num_thinking_tokens: int
-    num_answer_tokens: int
-    num_forced_tokens: int
-    num_waits: int
-    thinking_end: str | None
-    """natural, eos, budget or context; None for a profile without thinking, or a row cut short while thinking."""
-    finish_reason: str | None
-    """stop, length or context."""
-    logprobs: list[float] | None
-    """Of each output id under the model's own distribution, forced ones too; None unless asked for."""
-
-
-@dataclass(frozen=True)
 class Progress:
     """New tokens of a request that is not finished."""
 
@@ -91,6 +67,8 @@ class Finished:
 
     request: Request
     generation: Generation
+    num_decoded_tokens: int
+    """Output tokens that were decoded for it; the others it shares with a request that was decoded before."""
 
 
 def problem_of(request: Request, profile: ProfileIds, context: int) -> str | None:
@@ -107,21 +85,43 @@ def problem_of(request: Request, profile: ProfileIds, context: int) -> str | Non
 class _Slot:
     """A row of the batch while a request occupies it."""
 
-    def __init__(self, request: Request):
+    def __init__(self, request: Request, start: Rows):
         self.request = request
+        self.start = start
+        """The row before its first step."""
         self.output_ids: list[int] = []
         self.forced: list[bool] = []
         self.logprobs: list[float] = []
+        self.attempts: list[int] = []
+        """Steps at which an end of the thinking was drawn."""
+        self.num_shared_tokens = 0
 
     def take(self, chunk: Chunk, row: int) -> Progress:
         """Keep what a chunk wrote in this row."""
         written = chunk.written[:, row]
+        self.attempts += (len(self.output_ids) + np.flatnonzero(chunk.attempts[written, row])).tolist()
         new_ids = chunk.tokens[written, row].tolist()
         new_forced = chunk.forced[written, row].tolist()
         self.output_ids += new_ids
         self.forced += new_forced
         self.logprobs += chunk.logprobs[written, row].tolist()
         return Progress(self.request, new_ids, new_forced)
+
+    def continue_from(self, done: "_Slot", at: Fork, ends_in_newline: np.ndarray) -> None:
+        """Begin at the step at which this request parts from another, whose keys and values are in the row's cache."""
+        self.num_shared_tokens = at.step
+        self.output_ids, self.forced = done.output_ids[: at.step], done.forced[: at.step]
+        self.logprobs = done.logprobs[: at.step]
+        self.attempts = [step for step in done.attempts if step < at.step]
+        state = self.start.state
+        state.length[0] += at.step
+        state.num_thinking_tokens[0] += at.step
+        state.num_waits[0] = at.num_waits
+        if at.step > 0:
+            # What is forced while thinking is a wait text, and runs part only after its last token.
+            state.mask_end[0] = self.forced[-1]
+            state.ends_in_newline[0] = ends_in_newline[self.output_ids[-1]]
+            self.start.last_token[0] = self.output_ids[-1]
 
 
 class Generator:
@@ -137,10 +137,16 @@ class Generator:
         seed: int = 0,
         batch_size: int = 8,
         logprobs: bool = False,
+        share: bool = True,
     ):
-        """Settings of a run; `batch_size` is rounded up to what the mesh divides."""
+        """Settings of a run; `batch_size` is rounded up to what the mesh divides.
+
+        With `share`, requests of one prompt, index and sample whose budgets answer alike follow each other in one row,
+        and each decodes only what it does not have in common with the one before. Results are those of each alone.
+        """
         self._loaded, self._tokenizer, self._profile = loaded, tokenizer, profile
         self._sampling, self._seed, self._logprobs = sampling, seed, logprobs
+        self._share = share
         self._batch = batch_size + -batch_size % batch_shards(loaded.mesh)
         self._context = loaded.model.config.max_position_embeddings
         self._slots = 0
@@ -171,8 +177,10 @@ class Generator:
         if the model's scores are no numbers to draw from.
         """
         requests = list(requests)
-        waiting = deque(requests)
+        waiting = deque(self._sharing(requests))
         slots: list[_Slot | None] = [None] * self._batch
+        following: list[list[_Slot]] = [[] for _ in slots]
+        """Of each row, what goes on with the beginning of the request that is there."""
         cache: KVCache | None = None
         try:
             # Under the mesh, arrays that are made are on all its devices, those of other processes too.
@@ -182,13 +190,16 @@ class Generator:
                     tables, jnp.asarray(self._profile.valid), jnp.asarray(self._profile.end_tokens or (0,), jnp.int32)
                 )
                 rows = self._start([], wait_starts)
+                texts = WaitTexts(np.asarray(tables.text_ids), np.asarray(tables.text_lengths))
                 while waiting or any(slots):
                     for row in range(self._batch):
                         if slots[row] is None and waiting:
-                            request = waiting.popleft()
-                            slots[row] = _Slot(request)
-                            _set_row(rows, row, self._start([request], wait_starts))
-                            cache = self._admit(cache, row, request)
+                            first, *following[row] = [
+                                _Slot(request, self._start([request], wait_starts)) for request in waiting.popleft()
+                            ]
+                            slots[row] = first
+                            _set_row(rows, row, first.start)
+                            cache = self._admit(cache, row, first.request)
                     assert cache is not None
                     cache = self._with_room(cache, rows)
                     cache, state, last_token, chunk = decode_chunk(
@@ -211,8 +222,15 @@ class Generator:
                             raise self._nonfinite(slot, chunk.tokens[: np.argmin(finite), row])
                         yield slot.take(chunk, row)
                         if state.phase[row] == Phase.DONE:
-                            yield Finished(slot.request, self._result(slot, rows, row))
-                            slots[row] = None
+                            result = self._result(slot, RowState(*(values[row] for values in state)))
+                            yield Finished(slot.request, result, len(slot.output_ids) - slot.num_shared_tokens)
+                            forks = [(other, self._fork(slot, other, texts)) for other in following[row]]
+                            for same in (other for other, at in forks if at is None):
+                                reached = ThinkingEnd(_one(same.start.params).max_thinking_end)
+                                yield Finished(same.request, under(result, reached), 0)
+                            slots[row], following[row] = self._next(slot, forks)
+                            if continued := slots[row]:
+                                _set_row(rows, row, continued.start)
         except JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -221,6 +239,44 @@ class Generator:
                 f"out of device memory with {self._batch} rows x {self._slots} cache slots in {layers} layers: "
                 "lower batch_size, budget.max_thinking_tokens or max_total_tokens, or raise mesh.tensor"
             ) from error
+
+    def _sharing(self, requests: Sequence[Request]) -> list[list[Request]]:
+        """Lists of requests with the same draws that answer alike, those that think longest first."""
+        if not self._share:
+            return [[request] for request in requests]
+        found: dict[Any, list[Request]] = {}
+        for r in requests:
+            answers = (r.budget.max_answer_tokens, r.budget.max_total_tokens)
+            found.setdefault((r.index, r.sample, tuple(r.prompt.prompt_ids), *answers), []).append(r)
+
+        def longest_first(request: Request) -> tuple[int, int]:
+            thinking, _ = resolve_max_thinking_tokens(request.budget, request.prompt, self._profile, self._context)
+            return -request.budget.num_ignore, -thinking
+
+        return [sorted(alike, key=longest_first) for alike in found.values()]
+
+    def _fork(self, done: _Slot, other: _Slot, texts: WaitTexts) -> Fork | None:
+        """Where a request parts from one that has finished; None if it does not."""
+        if not self._profile.profile.thinks:
+            return None
+        before, after = (Rules(_one(slot.start.params), texts) for slot in (done, other))
+        in_prompt = done.request.prompt.num_thinking_tokens
+        return fork(before, after, done.attempts, len(done.output_ids), in_prompt)
+
+    def _next(self, done: _Slot, forks: Sequence[tuple[_Slot, Fork | None]]) -> tuple[_Slot | None, list[_Slot]]:
+        """The request that has most in common with the one whose keys and values are in the row, and the others."""
+        left = [(slot, at) for slot, at in forks if at is not None]
+        if not left:
+            return None, []
+        slot, at = max(left, key=lambda item: item[1].step)
+        slot.continue_from(done, at, self._profile.ends_in_newline)
+        return slot, [other for other, _ in left if other is not slot]
+
+    def _result(self, slot: _Slot, state: RowState) -> Generation:
+        logprobs = slot.logprobs if self._logprobs else None
+        return generation_of(
+            slot.request.prompt, slot.output_ids, slot.forced, logprobs, state, self._profile, self._tokenizer
+        )
 
     def _nonfinite(self, slot: _Slot, new_ids: np.ndarray) -> NonFiniteError:
         """What to raise of a row whose scores were not finite after these ids of a chunk."""
@@ -271,42 +327,10 @@ class Generator:
         needed = np.where(active, np.minimum(rows.state.length + STEPS_PER_CHUNK, rows.params.max_total_tokens), 1)
         return self._with_slots(cache, bucket(int(needed.max()), self._context))
 
-    def _result(self, slot: _Slot, rows: Rows, row: int) -> Generation:
-        state, prompt = rows.state, slot.request.prompt
-        output_ids, forced = slot.output_ids, slot.forced
-        before = prompt.num_thinking_tokens
-        thought = int(state.num_thinking_tokens[row]) - before
-        thinking_ids = [*prompt.prompt_ids[len(prompt.prompt_ids) - before :], *output_ids[:thought]]
-        if self._profile.profile.thinks:
-            answer = self._answer(output_ids[thought:], forced[thought:])
-        else:
-            answer = self._decode(output_ids)
-        return Generation(
-            prompt_ids=list(prompt.prompt_ids),
-            output_ids=output_ids,
-            forced=forced,
-            text=self._decode(output_ids),
-            thinking=self._decode(thinking_ids),
-            answer=answer,
-            num_thinking_tokens=int(state.num_thinking_tokens[row]),
-            num_answer_tokens=int(state.num_answer_tokens[row]),
-            num_forced_tokens=sum(forced),
-            num_waits=int(state.num_waits[row]),
-            thinking_end=ThinkingEnd(int(state.thinking_end[row])).reported,
-            finish_reason=FinishReason(int(state.finish_reason[row])).reported,
-            logprobs=slot.logprobs if self._logprobs else None,
-        )
 
-    def _answer(self, ids: Sequence[int], forced: Sequence[bool]) -> str:
-        """The answer's text, from what follows the thinking: a forced delimiter, then sampled tokens."""
-        sampled = next((i for i, flag in enumerate(forced) if not flag), len(forced))
-        delimiter = self._profile.profile.end
-        if delimiter in self._decode(ids[:sampled]):
-            return self._decode(ids).partition(delimiter)[2]
-        return self._decode(ids[sampled:])
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return decode(ids, self._tokenizer)
+def _one(params: RowParams) -> RowParams:
+    """The settings of the first row."""
+    return RowParams(*(int(values[0]) for values in params))
 
 
 def bucket(length: int, limit: int, shortest: int = _SHORTEST_CACHE) -> int:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from s1jax.decoding.budget import Phase, RowParams, RowState, Tables, step
+from s1jax.decoding.budget import Phase, RowParams, RowState, Tables, end_attempts, step
 from s1jax.decoding.sampling import Sampling, sample, step_keys, token_logprobs
 from s1jax.mesh import constrain, platform
 from s1jax.model.attention import CachedHeads
@@ -43,6 +43,8 @@ class Chunk(NamedTuple):
     tokens: Int[Array, "steps batch"]
     forced: Bool[Array, "steps batch"]
     written: Bool[Array, "steps batch"]
+    attempts: Bool[Array, "steps batch"]
+    """Whether an end of the thinking was drawn, whatever became of it."""
     logprobs: Float[Array, "steps batch"]
     """Under the model itself, forced tokens too; zeros unless asked for."""
     finite: Bool[Array, "steps batch"]
@@ -110,7 +112,7 @@ def decode_chunk(
     batch = rows.last_token.shape[0]
     keys = jax.random.wrap_key_data(rows.key_data, impl="threefry2x32")
     nothing = jnp.zeros((steps, batch), jnp.int32)
-    chunk = Chunk(nothing, nothing > 0, nothing > 0, nothing.astype(jnp.float32), nothing == 0)
+    chunk = Chunk(nothing, nothing > 0, nothing > 0, nothing > 0, nothing.astype(jnp.float32), nothing == 0)
 
     def more(carry: tuple[Array, KVCache, RowState, Array, Chunk]) -> Bool[Array, ""]:
         taken, _, state, _, _ = carry
@@ -124,9 +126,10 @@ def decode_chunk(
         assert new_cache is not None
         logits = constrain(model.logits(params, hidden[:, 0]), "batch", "vocab")
         drawn, drawn_masked = sample(logits, step_keys(keys, state.length), sampling, shared.valid, shared.end_tokens)
+        attempts = end_attempts(state, shared.tables, drawn)
         state, token, forced, written = step(state, rows.params, shared.tables, drawn, drawn_masked)
         logprobs = token_logprobs(logits, token) if with_logprobs else jnp.zeros(batch)
-        now = Chunk(token, forced, written, logprobs, jnp.isfinite(logits).all(axis=-1))
+        now = Chunk(token, forced, written, attempts, logprobs, jnp.isfinite(logits).all(axis=-1))
         chunk = jax.tree.map(lambda all_steps, this: all_steps.at[taken].set(this), chunk, now)
         return taken + 1, new_cache, state, jnp.where(written, token, last_token), chunk
 

@@ -50,7 +50,9 @@ def check_requests(named: Sequence[tuple[str, Request]], profile: ProfileIds, co
         raise InputError("\n".join([count, *problems[:LISTED_PROBLEMS]]))
 
 
-def build_generator(config: GenerateConfig | EvaluateConfig, setup: Setup, *, logprobs: bool = False) -> Generator:
+def build_generator(
+    config: GenerateConfig | EvaluateConfig, setup: Setup, *, logprobs: bool = False, share: bool = True
+) -> Generator:
     """Read the weights, and return what generates with them."""
     return Generator(
         load_model(config.model, config.mesh),
@@ -60,6 +62,7 @@ def build_generator(config: GenerateConfig | EvaluateConfig, setup: Setup, *, lo
         seed=config.sampling.seed,
         batch_size=config.batch_size,
         logprobs=logprobs,
+        share=share,
     )
 
 

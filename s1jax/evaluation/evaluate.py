@@ -74,14 +74,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
             raise InputError(f"{question.task} {question.id}: {error}") from None
         return prepare_prompt(encoded.input_ids, setup.profile, encoded.after_user)
 
-    def jobs(done: dict[_Key, Line], takes: Callable[[int], bool] = lambda number: True) -> list[_Job]:
+    def jobs(done: dict[_Key, Line], takes: Callable[[int], bool] = lambda index: True) -> list[_Job]:
         """What is to be generated next: all that is missing, of rejected samples one more try each.
 
-        All samples of a run's question are one process's, since a rejected one calls for the next.
+        All that is asked of a question is one process's: a rejected sample calls for the next, and runs share tokens.
         """
         missing = []
-        for number, (run, (index, question)) in enumerate(asked):
-            if takes(number):
+        for run, (index, question) in asked:
+            if takes(index):
                 for sample in _missing_samples(config, run, question, done):
                     request = Request(prompt(index, run.instruction), run.budget, index, sample)
                     missing.append(_Job(run, question, request))
@@ -100,6 +100,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
         def resume() -> list[Line]:
             """Of the lines that are there, what `jobs` needs; refuses those of other settings, models or questions."""
             settings = settings_of(config, _FREE_TO_CHANGE, fingerprint(resolve_model(config.model.path)))
+            settings["sweep"].pop("share")
             first = hosts.processes.index == 0
             keep_settings(settings, output.path, directory / "config.json", save=first)
             asked_for = {
@@ -119,16 +120,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
         lines = {_key(row): row for row in hosts.told(resume)}
         generator: Generator | None = None
         with _Graded(output, config.grading_seconds) if hosts.writes else nullcontext() as graded:
+            decoded = held = 0
             while missing := jobs(lines, hosts.deals):
-                generator = generator or together(lambda: build_generator(config, setup))
+                generator = generator or together(lambda: build_generator(config, setup, share=config.sweep.share))
                 job_of = {id(job.request): job for job in missing}
                 with hosts.progress(len(missing), "answer") as bar:
                     for event in generator.run([job.request for job in missing]):
                         if isinstance(event, Finished):
                             line = _line(job_of[id(event.request)], event)
                             lines[_key(line)] = line
+                            decoded, held = decoded + event.num_decoded_tokens, held + len(line["output_ids"])
                             if graded:
                                 graded.add(line)
+                            bar.set_postfix_str(f"decoded {decoded:,} of {held:,} tokens", refresh=False)
                             bar.update()
         place = {(question.task, run.name, question.id): n for n, (run, (_, question)) in enumerate(asked)}
         with output.merged(
@@ -139,7 +143,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
             if not last:
                 return None
             rows = output.rows()
-            summary = summarise(config, questions, methods, rows)
+            summary = summarise(config, questions, methods, rows) | {"decoded": {"tokens": decoded, "of": held}}
             write_whole(directory / "summary.json", json.dumps(summary, indent=2) + "\n")
             write_report(directory, summary, rows, setup.tokenizer, setup.profile)
             return summary

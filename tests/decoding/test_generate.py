@@ -20,8 +20,9 @@ import pytest
 import s1jax
 from s1jax.decoding import loop
 from s1jax.decoding.budget import ThinkingBudget
-from s1jax.decoding.generate import STEPS_PER_CHUNK, Finished, Generation, Generator, Request, problem_of
+from s1jax.decoding.generate import STEPS_PER_CHUNK, Finished, Generator, Request, problem_of
 from s1jax.decoding.profiles import load_profile, prepare_prompt, tokenize_profile
+from s1jax.decoding.results import Generation
 from s1jax.decoding.sampling import Sampling
 from s1jax.model.load import LoadedModel
 from tests.decoding.conftest import CONTEXT, ROOT, command, environment, run

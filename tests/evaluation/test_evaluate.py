@@ -107,6 +107,23 @@ def test_the_summary_is_what_the_samples_say(evaluated: Path) -> None:
 
 
 @pytest.mark.slow
+def test_runs_that_share_what_they_have_in_common_have_the_answers_of_each_alone(
+    model: Path, task: Path, evaluated: Path, tmp_path: Path
+) -> None:
+    command = [*words(model, task, tmp_path / "run"), "sweep.share=false"]
+    process = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    place = lambda line: (line["run"], line["id"], line["sample"])  # noqa: E731
+    assert sorted(lines(evaluated), key=place) == sorted(lines(tmp_path / "run"), key=place)
+    shared, alone = (json.loads((path / "summary.json").read_text()) for path in (evaluated, tmp_path / "run"))
+    assert shared["tasks"] == alone["tasks"]
+    held = sum(len(line["output_ids"]) for line in lines(evaluated))
+    assert alone["decoded"] == {"tokens": held, "of": held}
+    assert shared["decoded"]["of"] == held
+    assert shared["decoded"]["tokens"] < 0.75 * held
+
+
+@pytest.mark.slow
 def test_killed_and_started_again_the_answers_are_the_same(
     model: Path, task: Path, evaluated: Path, tmp_path: Path
 ) -> None:
@@ -147,7 +164,7 @@ def test_the_page_shows_the_summary_and_the_answers_as_text(evaluated: Path, bro
     assert sum(wait.get_property("textContent").count("Wait") for wait in waits) == max(
         line["num_waits"] for line in kept if line["text"] == texts
     )
-    assert browser.find_elements(By.CSS_SELECTOR, "#list b:not(.right):not(.wrong)") == []
+    assert browser.find_elements(By.CSS_SELECTOR, "#list b:not(.right):not(.wrong):not(.ungraded)") == []
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
