@@ -24,7 +24,7 @@ from s1jax.decoding.budget import (
 from s1jax.decoding.finite import NonFiniteError
 from s1jax.decoding.forks import Fork, Rules, WaitTexts, fork
 from s1jax.decoding.hosts import to_host
-from s1jax.decoding.loop import Chunk, Rows, Shared, decode_chunk, empty_cache, grow, insert, prefill
+from s1jax.decoding.loop import Chunk, Rows, Shared, decode_chunk, empty_cache, grow_cache, insert, prefill
 from s1jax.decoding.profiles import PreparedPrompt, ProfileIds
 from s1jax.decoding.results import Generation, generation_of, under
 from s1jax.decoding.sampling import Sampling, request_key
@@ -319,7 +319,7 @@ class Generator:
         if cache is not None and cache[0].keys.shape[2] >= slots:
             return cache
         self._slots = slots
-        return empty_cache(self._loaded.model, self._batch, slots) if cache is None else grow(cache, slots)
+        return empty_cache(self._loaded.model, self._batch, slots) if cache is None else grow_cache(cache, slots)
 
     def _with_room(self, cache: KVCache, rows: Rows) -> KVCache:
         """The cache, grown if one of the rows at work could outgrow it within a chunk."""

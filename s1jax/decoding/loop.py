@@ -15,7 +15,7 @@ from s1jax.decoding.budget import Phase, RowParams, RowState, Tables, end_attemp
 from s1jax.decoding.sampling import Sampling, sample, step_keys, token_logprobs
 from s1jax.mesh import constrain, platform
 from s1jax.model.attention import CachedHeads
-from s1jax.model.qwen import CACHE_AXES, KVCache, Params, Qwen
+from s1jax.model.qwen import CACHE_AXES, KVCache, LayerCache, Params, Qwen
 
 
 class Rows(NamedTuple):
@@ -81,10 +81,20 @@ def insert(cache: KVCache, prompt: KVCache, row: Int[Array, ""]) -> KVCache:
     return jax.tree.map(put, cache, prompt)
 
 
+def grow_cache(cache: KVCache, slots: int) -> KVCache:
+    """A cache of more slots with the same content, instead of the one given: at most one layer is there twice."""
+    grown = []
+    for layer in cache:
+        grown.append(grow(layer, slots))
+        for old in layer:
+            old.delete()
+    return tuple(grown)
+
+
 @functools.partial(jax.jit, static_argnums=1)
-def grow(cache: KVCache, slots: int) -> KVCache:
-    """A cache of more slots with the same content."""
-    return jax.tree.map(lambda x: constrain(_fit(x, slots), *CACHE_AXES), cache)
+def grow(layer: LayerCache, slots: int) -> LayerCache:
+    """One layer's cache with more slots."""
+    return jax.tree.map(lambda x: constrain(_fit(x, slots), *CACHE_AXES), layer)
 
 
 def _fit(x: CachedHeads, slots: int) -> Array:

@@ -205,6 +205,26 @@ def test_one_compilation_for_each_bucket_and_none_more_than_said(
     assert compiled(1).total() == 0
 
 
+def test_a_cache_grows_with_at_most_one_layer_there_twice(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    grow, left = loop.grow, []
+
+    def watched(layer, slots):
+        left.append(sum(not old.is_deleted() for old in jax.tree.leaves(cache)))
+        return grow(layer, slots)
+
+    monkeypatch.setattr(loop, "grow", watched)
+    with jax.set_mesh(loaded.mesh):
+        cache = jax.tree.map(lambda x: x + 1, loop.empty_cache(loaded.model, 8, 64))
+        grown = loop.grow_cache(cache, 96)
+    layers = loaded.model.config.num_hidden_layers
+    assert left == [2 * (layers - i) for i in range(layers)]
+    assert all(old.is_deleted() for old in jax.tree.leaves(cache))
+    for new in jax.tree.leaves(grown):
+        assert new.shape[2] == 96
+        np.testing.assert_array_equal(new[:, :, :64], 1)
+        np.testing.assert_array_equal(new[:, :, 64:], 0)
+
+
 def loop_tables(loaded: LoadedModel, requests: list[Request]):
     from s1jax.decoding.budget import build_tables
 
