@@ -66,6 +66,8 @@ class GenerationPlan:
     """What XLA itself counts, where it does: each loop once, memory on the chip included."""
     launches: int
     """Of one step."""
+    open_ends: int
+    """Of a chunk of steps, loops and branches that a GPU's host waits for to know how they go on."""
     collectives: list[Collective]
     estimate: Estimate
     """Of one step."""
@@ -190,6 +192,7 @@ def plan_generation(config: GenerateConfig, target: Target, devices: Sequence[ja
         unknown_operations=traffic.unknown,
         xla_bytes=(compiled.cost_analysis() or {}).get("bytes accessed"),
         launches=round(launches(program) / STEPS_PER_CHUNK),
+        open_ends=program.open_ends,
         collectives=[
             c._replace(runs=round(c.runs / STEPS_PER_CHUNK), num_bytes=c.num_bytes // STEPS_PER_CHUNK)
             for c in program.collectives

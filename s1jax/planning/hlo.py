@@ -129,6 +129,16 @@ class Program:
         run(self._entry, 1.0)
         return runs
 
+    @cached_property
+    def open_ends(self) -> int:
+        """How often a loop or branch runs whose course only the device knows: a GPU's host waits to be told."""
+        return sum(
+            int(times)
+            for instruction, times in self.operations()
+            if instruction.opcode == "conditional"
+            or (instruction.opcode == "while" and not _TRIPS.search(instruction.text))
+        )
+
     def _trips(self, loop: Instruction) -> int:
         """How often a loop turns: as the compiler notes it, else from the bound and the step of its counter, else 1."""
         if noted := _TRIPS.search(loop.text):

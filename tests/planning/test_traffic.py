@@ -159,4 +159,6 @@ def test_a_decode_step_reads_weights_and_cache_once_on_all_hardware(
     content = plan(tmp_path / "plan.json", *words, *mesh, "--plan", f"{prefix}{name}:{SHAPES[name]}")
     assert content["bytes_per_step"] <= 1.15 * content["least_bytes_per_step"], json.dumps(content, indent=1)
     assert content["unknown_operations"] == {}
+    if HARDWARE[name].platform == "cuda":
+        assert content["open_ends"] == 0
     assert "NOT COUNTED" not in content["text"]
