@@ -16,11 +16,10 @@ from typing import Any
 
 from s1jax.config import GenerateConfig, ModelSection
 from s1jax.decoding.budget import ThinkingBudget
-from s1jax.decoding.generate import Finished, Request, problem_of
 from s1jax.decoding.profiles import prepare_prompt
-from s1jax.decoding.requests import encode_prompt
-from s1jax.decoding.results import Generation
-from s1jax.decoding.setup import build_generator, prepare
+from s1jax.decoding.requests import Request, encode_prompt, problem_of
+from s1jax.decoding.results import Finished, Generation
+from s1jax.decoding.setup import build_engine, prepare
 
 BATCH = 32
 
@@ -31,7 +30,7 @@ class Model:
     def __init__(self, path: str):
         config = GenerateConfig(model=ModelSection(path=path, dtype="float32"), batch_size=BATCH)
         self._setup = prepare(config)
-        self._generator = build_generator(config, self._setup)
+        self._engine = build_engine(config, self._setup)
         self._waiting: Queue[tuple[Request, Future[Generation]]] = Queue()
         threading.Thread(target=self._work, daemon=True).start()
 
@@ -64,7 +63,7 @@ class Model:
                     break
             futures = {id(request): future for request, future in jobs}
             try:
-                for event in self._generator.run([request for request, _ in jobs]):
+                for event in self._engine.run([request for request, _ in jobs]):
                     if isinstance(event, Finished):
                         futures[id(event.request)].set_result(event.generation)
             except RuntimeError as error:

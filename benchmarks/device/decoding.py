@@ -12,7 +12,7 @@ from benchmarks.device.report import Report, Row
 from benchmarks.device.sizes import Sizes
 from benchmarks.device.timing import seconds_of, shares_of_time
 from s1jax.decoding.benchmark import unending_rows
-from s1jax.decoding.generate import STEPS_PER_CHUNK, bucket
+from s1jax.decoding.engine import STEPS_PER_CHUNK, bucket
 from s1jax.decoding.loop import decode_chunk, empty_cache
 from s1jax.decoding.sampling import Sampling
 from s1jax.device_memory import limit_bytes

@@ -50,10 +50,10 @@ def _compute(
     name: str, section: StudentSection, path: str, questions: list[dict[str, Any]], results: AnyPath
 ) -> dict[str, int]:
     # Imported here: jax takes seconds, and other stages do without.
-    from s1jax.decoding.generate import Finished, Request, problem_of
     from s1jax.decoding.profiles import prepare_prompt
-    from s1jax.decoding.requests import encode_prompt, thinking_budget
-    from s1jax.decoding.setup import build_generator, prepare
+    from s1jax.decoding.requests import Request, encode_prompt, problem_of, thinking_budget
+    from s1jax.decoding.results import Finished
+    from s1jax.decoding.setup import build_engine, prepare
     from s1jax.model.fingerprint import fingerprint
     from s1jax.model.hf import resolve_model
 
@@ -81,7 +81,7 @@ def _compute(
                 failed.append({"id": question["id"], "status": "failed", "reason": problem, "text": None})
             else:
                 requests.append(request)
-    events = build_generator(config, setup).run(requests) if requests else ()
+    events = build_engine(config, setup).run(requests) if requests else ()
     with (
         RowWriter(results) as writer,
         tqdm(total=len(requests), desc=f"attempt {name}", unit="question", disable=None) as bar,

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from s1jax.config import DecodingMeshSection, ModelSection
 from s1jax.decoding.budget import ThinkingBudget
-from s1jax.decoding.generate import Finished, Generator, Request
+from s1jax.decoding.engine import Engine
 from s1jax.decoding.profiles import DelimiterProfile, load_profile, prepare_prompt, profile_of_model
-from s1jax.decoding.requests import Messages, encode_prompt
-from s1jax.decoding.results import Generation
+from s1jax.decoding.requests import Messages, Request, encode_prompt
+from s1jax.decoding.results import Finished, Generation
 from s1jax.decoding.sampling import Sampling
 from s1jax.decoding.setup import check_requests
 from s1jax.model.load import LoadedModel, load_model
@@ -56,9 +56,7 @@ def generate(
         requests.append(Request(prepare_prompt(encoded.input_ids, ids, encoded.after_user), own, index))
     named = [(f"prompt {request.index}", request) for request in requests]
     check_requests(named, ids, loaded.model.config.max_position_embeddings)
-    generator = Generator(
-        loaded, tokenizer, ids, sampling or Sampling(), seed=seed, batch_size=batch_size, logprobs=logprobs
-    )
-    events = generator.run(requests)
+    engine = Engine(loaded, tokenizer, ids, sampling or Sampling(), seed=seed, batch_size=batch_size, logprobs=logprobs)
+    events = engine.run(requests)
     results = {event.request.index: event.generation for event in events if isinstance(event, Finished)}
     return [results[index] for index in range(len(prompts))]

@@ -15,7 +15,7 @@ import numpy as np
 from s1jax.config import BenchmarkConfig
 from s1jax.config_reader import to_dict
 from s1jax.decoding.budget import Phase, RowParams, RowState, Tables
-from s1jax.decoding.generate import STEPS_PER_CHUNK, bucket
+from s1jax.decoding.engine import STEPS_PER_CHUNK, bucket
 from s1jax.decoding.hosts import Hosts, Row, SharedOutput, same_command, start_hosts
 from s1jax.decoding.loop import Rows, Shared, decode_chunk, empty_cache, insert, prefill
 from s1jax.decoding.sampling import Sampling

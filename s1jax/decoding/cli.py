@@ -10,11 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from s1jax.config import GenerateConfig
 from s1jax.config_reader import ConfigError
-from s1jax.decoding.generate import Finished, Generator, Request
+from s1jax.decoding.engine import Engine
 from s1jax.decoding.hosts import Hosts, Row, SharedOutput, same_command, start_hosts
 from s1jax.decoding.profiles import ProfileIds, prepare_prompt
-from s1jax.decoding.requests import Prompt, encode_prompt, read_prompts, thinking_budget
-from s1jax.decoding.setup import Setup, build_generator, check_requests, prepare
+from s1jax.decoding.requests import Prompt, Request, encode_prompt, read_prompts, thinking_budget
+from s1jax.decoding.results import Finished
+from s1jax.decoding.setup import Setup, build_engine, check_requests, prepare
 from s1jax.decoding.terminal import TerminalWriter
 from s1jax.jsonl import InputError
 from s1jax.model.fingerprint import fingerprint
@@ -42,7 +43,7 @@ def generate(config: GenerateConfig) -> None:
     same_command(config, hosts, requests)
     if config.output is None:
         writer = TerminalWriter(setup.tokenizer, requests, sys.stdout)
-        for event in _generator(config, setup, hosts, requests).run(requests):
+        for event in _engine(config, setup, hosts, requests).run(requests):
             if hosts.writes:
                 writer.take(event)
         return
@@ -76,9 +77,9 @@ def generate(config: GenerateConfig) -> None:
             if hosts.deals(number) and (request.index, request.sample) not in done
         ]
         if missing:
-            generator = _generator(config, setup, hosts, missing)
+            engine = _engine(config, setup, hosts, missing)
             with hosts.progress(len(missing), "answer") as bar:
-                for event in generator.run(missing):
+                for event in engine.run(missing):
                     if isinstance(event, Finished):
                         output.append([_line(event, prompts[event.request.index], config.sampling.num_samples)])
                         bar.update()
@@ -105,12 +106,12 @@ def _read(config: GenerateConfig) -> tuple[Setup, list[Prompt], list[Request]]:
     return setup, prompts, requests
 
 
-def _generator(config: GenerateConfig, setup: Setup, hosts: Hosts, requests: Sequence[Request]) -> Generator:
-    generator = together(lambda: build_generator(config, setup, logprobs=config.logprobs))
+def _engine(config: GenerateConfig, setup: Setup, hosts: Hosts, requests: Sequence[Request]) -> Engine:
+    engine = together(lambda: build_engine(config, setup, logprobs=config.logprobs))
     if hosts.writes:
-        most = generator.compilations(requests)
+        most = engine.compilations(requests)
         print(f"{len(requests)} to generate; at most {most} compilations", file=sys.stderr)
-    return generator
+    return engine
 
 
 def _prompts(config: GenerateConfig, tokenizer: PreTrainedTokenizerBase, profile: ProfileIds) -> list[Prompt]:

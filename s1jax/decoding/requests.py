@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from s1jax.chat_template import render_chat
 from s1jax.config import BudgetSection
-from s1jax.decoding.budget import ThinkingBudget, build_tables
-from s1jax.decoding.profiles import ProfileIds
+from s1jax.decoding.budget import ThinkingBudget, build_tables, resolve_max_thinking_tokens
+from s1jax.decoding.profiles import PreparedPrompt, ProfileIds
 from s1jax.jsonl import Problem, read_jsonl
 from s1jax.paths import AnyPath
 from s1jax.tokenizer import encode, encode_all
@@ -38,6 +38,28 @@ class Prompt:
     given: str | Messages | list[int]
     encoded: EncodedPrompt
     budget: ThinkingBudget
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample to generate: a prompt with its start delimiter, its budget, and what its randomness comes from."""
+
+    prompt: PreparedPrompt
+    budget: ThinkingBudget
+    index: int
+    """Of the prompt in its run, from 0; with `sample` and the seed it determines every draw."""
+    sample: int = 0
+
+
+def problem_of(request: Request, profile: ProfileIds, context: int) -> str | None:
+    """Why a request cannot be run by a model of this context length: no prompt, or no room to answer."""
+    if not request.prompt.prompt_ids:
+        return "the prompt is empty"
+    try:
+        resolve_max_thinking_tokens(request.budget, request.prompt, profile, context)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def encode_prompt(

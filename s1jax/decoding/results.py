@@ -1,4 +1,4 @@
-"""What is reported of a finished row, from its ids and where its automaton stands."""
+"""What is reported of a request: new tokens, and its result from a row's ids and where its automaton stands."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from s1jax.decoding.budget import FinishReason, RowState, ThinkingEnd
 from s1jax.decoding.profiles import PreparedPrompt, ProfileIds
+from s1jax.decoding.requests import Request
 from s1jax.tokenizer import decode
 
 
@@ -35,6 +36,25 @@ class Generation:
     """stop, length or context."""
     logprobs: list[float] | None
     """Of each output id under the model's own distribution, forced ones too; None unless asked for."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """New tokens of a request that is not finished."""
+
+    request: Request
+    output_ids: list[int]
+    forced: list[bool]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A request's result."""
+
+    request: Request
+    generation: Generation
+    num_decoded_tokens: int
+    """Output tokens that were decoded for it; the others it shares with a request that was decoded before."""
 
 
 def generation_of(

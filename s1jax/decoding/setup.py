@@ -7,8 +7,9 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from s1jax.config import EvaluateConfig, GenerateConfig, SamplingSection
-from s1jax.decoding.generate import Generator, Request, problem_of
+from s1jax.decoding.engine import Engine
 from s1jax.decoding.profiles import ProfileIds, load_profile, profile_of_model
+from s1jax.decoding.requests import Request, problem_of
 from s1jax.decoding.sampling import Sampling
 from s1jax.jsonl import LISTED_PROBLEMS, InputError
 from s1jax.model.config import QwenConfig
@@ -50,11 +51,11 @@ def check_requests(named: Sequence[tuple[str, Request]], profile: ProfileIds, co
         raise InputError("\n".join([count, *problems[:LISTED_PROBLEMS]]))
 
 
-def build_generator(
+def build_engine(
     config: GenerateConfig | EvaluateConfig, setup: Setup, *, logprobs: bool = False, share: bool = True
-) -> Generator:
+) -> Engine:
     """Read the weights, and return what generates with them."""
-    return Generator(
+    return Engine(
         load_model(config.model, config.mesh),
         setup.tokenizer,
         setup.profile,

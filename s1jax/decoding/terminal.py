@@ -4,7 +4,8 @@ from typing import TextIO
 
 from transformers import PreTrainedTokenizerBase
 
-from s1jax.decoding.generate import Finished, Progress, Request
+from s1jax.decoding.requests import Request
+from s1jax.decoding.results import Finished, Progress
 
 _FORCED, _PLAIN = "\x1b[33m", "\x1b[0m"
 

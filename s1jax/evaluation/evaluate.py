@@ -12,11 +12,12 @@ from typing import Any
 
 from s1jax.config import EvaluateConfig
 from s1jax.config_reader import ConfigError
-from s1jax.decoding.generate import Finished, Generator, Request
+from s1jax.decoding.engine import Engine
 from s1jax.decoding.hosts import SharedOutput, same_command, start_hosts
 from s1jax.decoding.profiles import PreparedPrompt, prepare_prompt
-from s1jax.decoding.requests import encode_prompt
-from s1jax.decoding.setup import build_generator, check_requests, prepare, say_rounding
+from s1jax.decoding.requests import Request, encode_prompt
+from s1jax.decoding.results import Finished
+from s1jax.decoding.setup import build_engine, check_requests, prepare, say_rounding
 from s1jax.evaluation.grading import Grader
 from s1jax.evaluation.report import write_report
 from s1jax.evaluation.runs import Run, plan_runs
@@ -118,14 +119,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
             return [{name: row[name] for name in (*_KEY, "thinking_end")} for row in rows]
 
         lines = {_key(row): row for row in hosts.told(resume)}
-        generator: Generator | None = None
+        engine: Engine | None = None
         with _Graded(output, config.grading_seconds) if hosts.writes else nullcontext() as graded:
             decoded = held = 0
             while missing := jobs(lines, hosts.deals):
-                generator = generator or together(lambda: build_generator(config, setup, share=config.sweep.share))
+                engine = engine or together(lambda: build_engine(config, setup, share=config.sweep.share))
                 job_of = {id(job.request): job for job in missing}
                 with hosts.progress(len(missing), "answer") as bar:
-                    for event in generator.run([job.request for job in missing]):
+                    for event in engine.run([job.request for job in missing]):
                         if isinstance(event, Finished):
                             line = _line(job_of[id(event.request)], event)
                             lines[_key(line)] = line

@@ -22,8 +22,10 @@ from s1jax.command import errors_end_all
 from s1jax.compilation_cache import keep_compilations
 from s1jax.config import DecodingMeshSection, ModelSection
 from s1jax.decoding.budget import ThinkingBudget
-from s1jax.decoding.generate import Finished, Generator, Request
+from s1jax.decoding.engine import Engine
 from s1jax.decoding.profiles import load_profile, prepare_prompt, profile_of_model
+from s1jax.decoding.requests import Request
+from s1jax.decoding.results import Finished
 from s1jax.decoding.sampling import Sampling
 from s1jax.decoding.score import score_rows
 from s1jax.decoding.setup import say_rounding
@@ -184,7 +186,7 @@ class S1jaxLM(TemplateLM):
             stops.append(until)
         results = [""] * len(requests)
         for settings, group in groups.items():
-            generator = Generator(
+            engine = Engine(
                 self._loaded,
                 self.tokenizer,
                 self._profiles[settings.thinks],
@@ -192,7 +194,7 @@ class S1jaxLM(TemplateLM):
                 seed=settings.seed,
                 batch_size=self._batch_size,
             )
-            for event in generator.run(group):
+            for event in engine.run(group):
                 if isinstance(event, Finished):
                     index = event.request.index
                     results[index] = postprocess_generated_text(event.generation.answer, stops[index], None)

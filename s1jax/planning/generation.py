@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from s1jax.compiling import temporaries
 from s1jax.config import GenerateConfig
 from s1jax.decoding.budget import RowParams, RowState, Tables
-from s1jax.decoding.generate import STEPS_PER_CHUNK, bucket
+from s1jax.decoding.engine import STEPS_PER_CHUNK, bucket
 from s1jax.decoding.loop import Rows, Shared, decode_chunk
 from s1jax.decoding.setup import sampling_of
 from s1jax.device_memory import GIB

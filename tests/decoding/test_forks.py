@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s1jax.decoding.budget import RowParams, ThinkingBudget, build_tables, start_rows
+from s1jax.decoding.engine import Engine
 from s1jax.decoding.forks import Rules, WaitTexts, fork
-from s1jax.decoding.generate import Finished, Generator, Request
 from s1jax.decoding.profiles import prepare_prompt
-from s1jax.decoding.results import Generation
+from s1jax.decoding.requests import Request
+from s1jax.decoding.results import Finished, Generation
 from s1jax.decoding.sampling import Sampling
 from s1jax.model.load import LoadedModel
 from tests.decoding.automaton import CONTEXT_LENGTH, IDS
@@ -120,10 +121,10 @@ def test_shared_or_alone_results_are_the_same(loaded: LoadedModel, name: str, te
     ids, sampling = profile_ids(loaded, name), Sampling(temperature=temperature)
 
     def run(share: bool, batch_size: int) -> tuple[list[Generation], int]:
-        generator = Generator(
+        engine = Engine(
             loaded, loaded.tokenizer, ids, sampling, seed=3, batch_size=batch_size, logprobs=True, share=share
         )
-        finished = [event for event in generator.run(requests) if isinstance(event, Finished)]
+        finished = [event for event in engine.run(requests) if isinstance(event, Finished)]
         results = {id(event.request): event.generation for event in finished}
         assert len(finished) == len(results) == len(requests)
         return [results[id(r)] for r in requests], sum(event.num_decoded_tokens for event in finished)

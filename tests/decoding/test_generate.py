@@ -20,9 +20,10 @@ import pytest
 import s1jax
 from s1jax.decoding import loop
 from s1jax.decoding.budget import ThinkingBudget
-from s1jax.decoding.generate import STEPS_PER_CHUNK, Finished, Generator, Request, problem_of
+from s1jax.decoding.engine import STEPS_PER_CHUNK, Engine
 from s1jax.decoding.profiles import load_profile, prepare_prompt, tokenize_profile
-from s1jax.decoding.results import Generation
+from s1jax.decoding.requests import Request, problem_of
+from s1jax.decoding.results import Finished, Generation
 from s1jax.decoding.sampling import Sampling
 from s1jax.model.load import LoadedModel
 from tests.decoding.conftest import CONTEXT, ROOT, command, environment, run
@@ -57,10 +58,10 @@ def random_requests(loaded: LoadedModel, name: str, count: int, seed: int) -> li
 def generate(loaded: LoadedModel, name: str, requests: list[Request], **options) -> dict[int, Generation]:
     options = {"sampling": Sampling(), "batch_size": 8, **options}
     sampling = options.pop("sampling")
-    generator = Generator(loaded, loaded.tokenizer, profile_ids(loaded, name), sampling, **options)
+    engine = Engine(loaded, loaded.tokenizer, profile_ids(loaded, name), sampling, **options)
     profile, context = profile_ids(loaded, name), loaded.model.config.max_position_embeddings
     assert not [problem for request in requests if (problem := problem_of(request, profile, context))]
-    return {e.request.index: e.generation for e in generator.run(requests) if isinstance(e, Finished)}
+    return {e.request.index: e.generation for e in engine.run(requests) if isinstance(e, Finished)}
 
 
 def reference_model(directory: Path, loaded: LoadedModel, name: str):
@@ -152,10 +153,10 @@ def test_logprobs_are_those_of_the_model_forced_tokens_too(loaded: LoadedModel) 
 def test_nothing_goes_to_the_host_within_a_chunk_and_the_cache_is_not_copied(loaded: LoadedModel) -> None:
     model = loaded.model
     params = jax.device_put(jax.device_get(loaded.params), jax.devices()[0])
-    generator = Generator(loaded, loaded.tokenizer, profile_ids(loaded, "s1"), Sampling())
+    engine = Engine(loaded, loaded.tokenizer, profile_ids(loaded, "s1"), Sampling())
     requests = random_requests(loaded, "s1", 8, seed=2)
     tables, wait_starts = loop_tables(loaded, requests)
-    rows = jax.device_put(generator._start(requests, wait_starts))
+    rows = jax.device_put(engine._start(requests, wait_starts))
     shared = loop.Shared(tables, jnp.ones(384, bool), jnp.array([0], jnp.int32))
     cache = loop.empty_cache(model, 8, 8192)
     arguments = (model, Sampling(), STEPS_PER_CHUNK, False, params, shared, cache, rows)
@@ -200,8 +201,8 @@ def test_one_compilation_for_each_bucket_and_none_more_than_said(
     first = compiled(0)
     # Contexts of up to 128 tokens, then of up to 160: two sizes of the cache, one of prompts.
     assert first == {"prefill": 1, "empty_cache": 1, "insert": 1, "grow": 1, "decode_chunk": 2}
-    generator = Generator(loaded, loaded.tokenizer, ids, Sampling())
-    assert first.total() <= generator.compilations(requests(0))
+    engine = Engine(loaded, loaded.tokenizer, ids, Sampling())
+    assert first.total() <= engine.compilations(requests(0))
     assert compiled(1).total() == 0
 
 
@@ -314,3 +315,55 @@ def test_what_generation_config_ends_texts_with_ends_them(loaded: LoadedModel, t
     settings.write_text("[" * 10_000)
     with pytest.raises(ValueError, match=r"generation_config\.json: not usable JSON: it is nested too deeply"):
         answer()
+
+
+@pytest.mark.slow
+def test_requests_may_come_while_others_decode_and_be_dropped(loaded: LoadedModel) -> None:
+    """Nothing changes for others, be they submitted late, with wait texts of their own, or beside what is dropped."""
+    requests = random_requests(loaded, "s1", 24, seed=11)
+    alone = generate(loaded, "s1", requests)
+    dropped = {2, 3, 12, 20}
+    engine = Engine(loaded, loaded.tokenizer, profile_ids(loaded, "s1"), Sampling(), batch_size=8)
+    found: dict[int, Generation] = {}
+    late = iter(requests)
+    for request in [next(late) for _ in range(10)]:
+        engine.submit(request)
+    engine.cancel(requests[3])  # It waits.
+    while not engine.is_idle:
+        for event in engine.step():
+            assert event.request.index not in found
+            if isinstance(event, Finished):
+                found[event.request.index] = event.generation
+        for index in (2, 12, 20):
+            engine.cancel(requests[index])  # It is at work, waits, or has finished.
+        if request := next(late, None):
+            engine.submit(request)
+    assert set(found) >= {r.index for r in requests} - dropped
+    assert found.items() <= alone.items()
+    assert 3 not in found
+    assert engine.step() == []
+    with pytest.raises(ValueError, match="prompt 0: no room to answer"):
+        engine.submit(replace(requests[0], budget=ThinkingBudget(max_total_tokens=1)))
+    with pytest.raises(ValueError, match="end token"):
+        engine.submit(replace(requests[0], budget=ThinkingBudget(wait="<|im_start|>")))
+    assert engine.is_idle
+
+
+@pytest.mark.slow
+def test_what_follows_a_request_that_is_dropped_is_decoded_all_the_same(loaded: LoadedModel) -> None:
+    prompt = random_requests(loaded, "s1", 1, seed=4)[0].prompt
+    budgets = [ThinkingBudget(max_thinking_tokens=limit, max_answer_tokens=4) for limit in (70, 9, 3, 40)]
+    requests = [Request(prompt, budget, 0) for budget in budgets]
+    ids = profile_ids(loaded, "s1")
+    engine = Engine(loaded, loaded.tokenizer, ids, Sampling(), share=False)
+    alone = [e.generation for r in requests for e in engine.run([r]) if isinstance(e, Finished)]
+    engine = Engine(loaded, loaded.tokenizer, ids, Sampling())
+    for request in requests:
+        engine.submit(request)
+    events = engine.step()
+    engine.cancel(requests[0])
+    events += engine.run([])
+    finished = {id(e.request): e.generation for e in events if isinstance(e, Finished)}
+    if id(requests[0]) in finished:
+        assert finished.pop(id(requests[0])) == alone[0]
+    assert finished == {id(r): result for r, result in zip(requests[1:], alone[1:], strict=True)}
