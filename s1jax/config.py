@@ -365,7 +365,16 @@ class BenchmarkSection:
     prompt_length: Positive = Field(default=128, description="tokens of each prompt")
     new_tokens: Positive = Field(default=128, description="tokens generated in each row")
     repeats: Positive = Field(default=3, description="runs of each measurement, of which the median counts")
-    output: PathText | None = Field(default=None, description="JSON file to write")
+    requests: Positive | None = Field(
+        default=None, description="so many requests of various lengths as well, with prefill, at each batch size"
+    )
+    lengths: Annotated[str, Field(pattern=r"^lognormal:[1-9]\d*:[1-9]\d*$")] = Field(
+        default="lognormal:256:2048", description="tokens that requests generate, as lognormal:MEAN:MAX"
+    )
+    rate: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="requests that come in a second, at random times; null: all at once"
+    )
+    output: PathText | None = Field(default=None, description="JSON file to write; requests: a PNG beside it")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -218,7 +218,7 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
+def _merge(tree: dict[Any, Any], other: Mapping[Any, Any]) -> None:
     for key, value in other.items():
         if isinstance(value, dict) and isinstance(tree.get(key), dict):
             _merge(tree[key], value)

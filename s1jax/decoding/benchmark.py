@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from s1jax.config import BenchmarkConfig
-from s1jax.config_reader import to_dict
+from s1jax.config_reader import ConfigError, to_dict
 from s1jax.decoding.budget import Phase, RowParams, RowState, Tables
 from s1jax.decoding.engine import STEPS_PER_CHUNK, bucket
 from s1jax.decoding.hosts import Hosts, Row, SharedOutput, same_command, start_hosts
 from s1jax.decoding.loop import Rows, Shared, decode_chunk, empty_cache, insert, prefill
 from s1jax.decoding.sampling import Sampling
+from s1jax.decoding.workload import picture, run_workload
 from s1jax.device_memory import peak_resident_bytes
 from s1jax.mesh import batch_shards
 from s1jax.model import cpu_kernel
@@ -58,6 +60,8 @@ def benchmark(config: BenchmarkConfig) -> None:
     """
     hosts = start_hosts(config.mesh)
     same_command(config, hosts, None)
+    if config.benchmark.rate and hosts.processes.count > 1 and not hosts.copies:
+        raise ConfigError("benchmark.rate: processes of one model have no clock together: leave it out, or use copies")
     output = any_path(config.benchmark.output) if config.benchmark.output else None
     if hosts.copies and output:
         with SharedOutput(output.with_name(output.name + ".hosts"), hosts) as shared:
@@ -73,6 +77,8 @@ def benchmark(config: BenchmarkConfig) -> None:
         print(_table(report))
         if output:
             write_whole(output, json.dumps(report, indent=2) + "\n")
+            if report["workloads"]:
+                write_whole(output.with_name(f"{Path(output.name).stem}.png"), picture(report["workloads"]))
 
 
 def _of_all(config: BenchmarkConfig, hosts: Hosts, shared: SharedOutput) -> list[Row] | None:
@@ -117,6 +123,8 @@ def _measured(config: BenchmarkConfig) -> Row:
         copy = _copy_bytes_per_second()
         vector_bytes = cpu_kernel.vector_bytes()
         results = [_measure(loaded, config, size, copy) for size in config.benchmark.batch_sizes]
+    sizes = config.benchmark.batch_sizes if config.benchmark.requests else ()
+    workloads = [asdict(run_workload(loaded, config.benchmark, size)) for size in sizes]
     return {
         "host": socket.gethostname(),
         "device": jax.devices()[0].device_kind,
@@ -130,6 +138,7 @@ def _measured(config: BenchmarkConfig) -> Row:
         "new_tokens": config.benchmark.new_tokens,
         "copy_bytes_per_second": copy,
         "results": [asdict(result) for result in results],
+        "workloads": workloads,
     }
 
 
@@ -239,4 +248,10 @@ def _table(report: Row) -> str:
             f"{r.milliseconds_per_step:7.1f}  {r.seconds_to_first_token:13.2f}  {r.compile_seconds:9.1f}  "
             f"{r.bandwidth_share:9.2f}  {r.peak_memory_bytes / 2**30:8.2f}"
         )
+    if report["workloads"]:
+        lines.append("batch  requests  tok/s  first token s, p50 / p90 / p99  ms a token, p50 / p90 / p99")
+    for w in report["workloads"]:
+        first = " / ".join(f"{seconds:.2f}" for seconds in w["first_token_seconds"].values())
+        each = " / ".join(f"{1e3 * seconds:.1f}" for seconds in w["seconds_per_token"].values())
+        lines.append(f"{w['batch_size']:5}  {w['requests']:8}  {w['tokens_per_second']:5.1f}  {first:>30}  {each:>27}")
     return "\n".join(lines)

@@ -136,6 +136,13 @@ class Engine:
         """Whether nothing is left to decode."""
         return not self._waiting and not any(self._slots)
 
+    @property
+    def occupancy(self) -> tuple[int, int, int]:
+        """Rows at work, tokens in their contexts, and slots of the cache in all rows."""
+        at_work = self._rows.state.phase != Phase.DONE
+        slots = self._cache[0].keys.shape[2] * self._batch if self._cache else 0
+        return int(at_work.sum()), int(self._rows.state.length[at_work].sum()), slots
+
     def submit(self, request: Request) -> None:
         """Have a request decoded; returns at once.
 
@@ -211,7 +218,11 @@ class Engine:
             ) from error
         # Copies: arrays that come from a device cannot be written to.
         self._rows = self._rows._replace(state=jax.tree.map(np.array, state), last_token=np.array(last_token))
-        return [event for row, slot in enumerate(self._slots) if slot for event in self._events(row, slot, chunk)]
+        events = [event for row, slot in enumerate(self._slots) if slot for event in self._events(row, slot, chunk)]
+        if self.is_idle:
+            # The next ones may be shorter, and attention reads every slot on most platforms.
+            self._cache = None
+        return events
 
     def _events(self, row: int, slot: _Slot, chunk: Chunk) -> Iterator[Progress | Finished]:
         """What a chunk means for a row, which the next request takes if its own has finished."""

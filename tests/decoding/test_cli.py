@@ -157,3 +157,33 @@ def test_the_benchmark_needs_no_more_than_a_config(tmp_path: Path) -> None:
         assert all(value > 0 for name, value in row.items() if name != "compile_seconds"), row
         assert row["decode_tokens_per_second"] == pytest.approx(1e3 * row["batch_size"] / row["milliseconds_per_step"])
     assert "ms/step" in process.stdout
+
+
+@pytest.mark.slow
+def test_the_benchmark_serves_requests_of_many_lengths_that_come_over_time(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    output = tmp_path / "speed.json"
+    words = ["benchmark.batch_sizes=2,8", "benchmark.prompt_length=16", "benchmark.new_tokens=40"]
+    words += ["benchmark.repeats=1", "benchmark.requests=24", "benchmark.lengths=lognormal:40:90", "benchmark.rate=200"]
+    process = subprocess.run(
+        [sys.executable, "decode.py", "benchmark", f"model.path={tmp_path}", f"benchmark.output={output}", *words],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    two, eight = json.loads(output.read_text())["workloads"]
+    for workload, rows in ((two, 2), (eight, 8)):
+        assert (workload["batch_size"], workload["requests"]) == (rows, 24)
+        assert workload["prompt_tokens"] == 24 * 16
+        assert 24 * 20 < workload["output_tokens"] < 24 * 60
+        assert workload["tokens_per_second"] == pytest.approx(workload["output_tokens"] / workload["seconds"])
+        for percentiles in (workload["first_token_seconds"], workload["seconds_per_token"]):
+            assert 0 < percentiles["p50"] <= percentiles["p90"] <= percentiles["p99"] < workload["seconds"]
+        assert max(moment["rows"] for moment in workload["moments"]) <= rows
+        assert all(moment["live_tokens"] <= moment["rows"] * (16 + 90) for moment in workload["moments"])
+        assert workload["moments"][-1]["seconds"] == workload["seconds"]
+    assert two["output_tokens"] == eight["output_tokens"]
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
