@@ -31,5 +31,5 @@ def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
     assert process.returncode == 0, process.stderr
     report = json.loads((tmp_path / "device.json").read_text(encoding="utf-8"))
     assert report["tables"] == {}
-    assert len(report["left_out"]) == 8
+    assert len(report["left_out"]) == 9
     assert "Left out: Attention kernels: toy, packed (no time was left)" in (tmp_path / "device.md").read_text()
