@@ -1,5 +1,6 @@
 """The host's half of decoding: requests wait, take their places in the batch, and leave it as they finish."""
 
+import sys
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -35,7 +36,6 @@ from s1jax.model.qwen import KVCache
 STEPS_PER_CHUNK = 32
 """Decode steps between two looks of the host at the rows."""
 _SHORTEST_PROMPT, _SHORTEST_CACHE = 64, 128
-_INT32_MAX = int(np.iinfo(np.int32).max)
 
 
 class OutOfMemoryError(RuntimeError):
@@ -158,8 +158,9 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """Drop a request, wherever it is; nothing happens if it has finished."""
-        for key, alike in list(self._waiting.items()):
-            self._waiting[key] = [other for other in alike if other is not request]
+        key = self._in_common(request)
+        if key in self._waiting:
+            self._waiting[key] = [other for other in self._waiting[key] if other is not request]
             if not self._waiting[key]:
                 del self._waiting[key]
         for row, slot in enumerate(self._slots):
@@ -169,7 +170,6 @@ class Engine:
                 self._rows.state.phase[row] = Phase.DONE
                 if left := [other.request for other in self._following[row]]:
                     # Their beginning is not whole. They wait again, before all others.
-                    key = self._in_common(left[0])
                     self._waiting[key] = left + self._waiting.get(key, [])
                     self._waiting.move_to_end(key, last=False)
                     self._following[row] = []
@@ -189,13 +189,14 @@ class Engine:
 
         Raises OutOfMemoryError if the device is full, NonFiniteError if the model's scores are no numbers to draw from.
         """
+        if self.is_idle:
+            return []
         try:
             # Under the mesh, arrays that are made are on all its devices, those of other processes too.
             with jax.set_mesh(self._loaded.mesh):
                 tables = self._tables = self._tables or self._make_tables()
                 self._admit_waiting(tables)
-                if self._cache is None or not any(self._slots):
-                    return []
+                assert self._cache is not None
                 self._cache = self._with_room(self._cache)
                 self._cache, state, last_token, chunk = decode_chunk(
                     self._loaded.model,
@@ -246,7 +247,7 @@ class Engine:
         """Of a size that other wait texts have room in, mostly: the compiled loop depends on it."""
         tables, wait_starts = build_tables(self._profile, list(self._waits.values()), self._tokenizer)
         texts = WaitTexts(np.asarray(tables.text_ids), np.asarray(tables.text_lengths))
-        count, length = (bucket(size, _INT32_MAX, least) for size, least in zip(texts.ids.shape, (8, 32), strict=True))
+        count, length = (bucket(size, sys.maxsize, least) for size, least in zip(texts.ids.shape, (8, 32), strict=True))
         tables = tables._replace(
             text_ids=jnp.pad(tables.text_ids, [(0, count - len(texts.ids)), (0, length - texts.ids.shape[1])]),
             text_lengths=jnp.pad(tables.text_lengths, (0, count - len(texts.ids))),

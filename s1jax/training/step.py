@@ -35,12 +35,6 @@ class StepMetrics(NamedTuple):
     finite: Bool[Array, ""]
 
 
-_GPU_OPTION = "xla_gpu_memory_limit_slop_factor"
-_GPU_ROOM = {"offload": "1000"}
-"""By remat, percent of what XLA takes for a GPU's room, which is 80% of its memory: up to there, by default 94%, it
-does not trade arithmetic for memory again, beyond what `remat` has said. It counts what is on the host, too."""
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over data and fsdp; every microbatch is spread over the whole mesh."""
     spec = named_sharding(mesh, ("batch", "length"), (mesh.size, 1)).spec
@@ -99,8 +93,17 @@ def compile_step(model: Qwen, section: OptimizerSection, total_steps: int, mesh:
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
-        compiler_options={_GPU_OPTION: _GPU_ROOM.get(model.remat, "117")} if on_gpu else None,
+        compiler_options=_gpu_options(model) if on_gpu else None,
     )
+
+
+def _gpu_options(model: Qwen) -> dict[str, str]:
+    """Keep XLA from trading arithmetic for memory again, beyond what `remat` has said.
+
+    It does so from a percentage of what it takes for a GPU's room, which is 80% of its memory; up to there, 94% of it,
+    it does not. What is on the host it counts as the GPU's, too.
+    """
+    return {"xla_gpu_memory_limit_slop_factor": "1000" if model.remat == "offload" else "117"}
 
 
 def compile_loss(model: Qwen, mesh: Mesh) -> Wrapped:

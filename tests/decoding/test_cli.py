@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -136,13 +137,12 @@ def test_out_of_memory_says_what_was_tried_and_what_to_lower(tmp_path: Path) -> 
     assert re.search(said, process.stderr), process.stderr
 
 
-@pytest.mark.slow
-def test_the_benchmark_needs_no_more_than_a_config(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    output = tmp_path / "speed.json"
-    words = ["benchmark.batch_sizes=1,4", "benchmark.prompt_length=16", "benchmark.new_tokens=40"]
+def benchmark(directory: Path, *words: str) -> tuple[dict[str, Any], str]:
+    """The report on a model of which only the configuration is there, and what is printed."""
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    output = directory / "speed.json"
     process = subprocess.run(
-        [sys.executable, "decode.py", "benchmark", f"model.path={tmp_path}", f"benchmark.output={output}", *words],
+        [sys.executable, "decode.py", "benchmark", f"model.path={directory}", f"benchmark.output={output}", *words],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -150,31 +150,27 @@ def test_the_benchmark_needs_no_more_than_a_config(tmp_path: Path) -> None:
         check=False,
     )
     assert process.returncode == 0, process.stderr
-    report = json.loads(output.read_text())
+    return json.loads(output.read_text()), process.stdout
+
+
+@pytest.mark.slow
+def test_the_benchmark_needs_no_more_than_a_config(tmp_path: Path) -> None:
+    words = ["benchmark.batch_sizes=1,4", "benchmark.prompt_length=16", "benchmark.new_tokens=40"]
+    report, printed = benchmark(tmp_path, *words)
     assert report["weights"] == "random"
     assert [row["batch_size"] for row in report["results"]] == [1, 4]
     for row in report["results"]:
         assert all(value > 0 for name, value in row.items() if name != "compile_seconds"), row
         assert row["decode_tokens_per_second"] == pytest.approx(1e3 * row["batch_size"] / row["milliseconds_per_step"])
-    assert "ms/step" in process.stdout
+    assert "ms/step" in printed
 
 
 @pytest.mark.slow
 def test_the_benchmark_serves_requests_of_many_lengths_that_come_over_time(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    output = tmp_path / "speed.json"
     words = ["benchmark.batch_sizes=2,8", "benchmark.prompt_length=16", "benchmark.new_tokens=40"]
     words += ["benchmark.repeats=1", "benchmark.requests=24", "benchmark.lengths=lognormal:40:90", "benchmark.rate=200"]
-    process = subprocess.run(
-        [sys.executable, "decode.py", "benchmark", f"model.path={tmp_path}", f"benchmark.output={output}", *words],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    two, eight = json.loads(output.read_text())["workloads"]
+    report, _ = benchmark(tmp_path, *words)
+    two, eight = report["workloads"]
     for workload, rows in ((two, 2), (eight, 8)):
         assert (workload["batch_size"], workload["requests"]) == (rows, 24)
         assert workload["prompt_tokens"] == 24 * 16

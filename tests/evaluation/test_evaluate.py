@@ -63,6 +63,10 @@ def lines(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
 
 
+def in_order(output: Path) -> list[str]:
+    return sorted(json.dumps(line, sort_keys=True) for line in lines(output))
+
+
 @pytest.mark.slow
 def test_every_run_answers_every_question_within_its_budget(evaluated: Path) -> None:
     counts: dict[str, int] = defaultdict(int)
@@ -113,8 +117,7 @@ def test_runs_that_share_what_they_have_in_common_have_the_answers_of_each_alone
     command = [*words(model, task, tmp_path / "run"), "sweep.share=false"]
     process = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
-    place = lambda line: (line["run"], line["id"], line["sample"])  # noqa: E731
-    assert sorted(lines(evaluated), key=place) == sorted(lines(tmp_path / "run"), key=place)
+    assert in_order(evaluated) == in_order(tmp_path / "run")
     shared, alone = (json.loads((path / "summary.json").read_text()) for path in (evaluated, tmp_path / "run"))
     assert shared["tasks"] == alone["tasks"]
     held = sum(len(line["output_ids"]) for line in lines(evaluated))
@@ -136,10 +139,6 @@ def test_killed_and_started_again_the_answers_are_the_same(
     process.wait()
     assert len(lines(output)) < len(lines(evaluated))
     assert subprocess.run(command, cwd=ROOT, env=environment(), check=False).returncode == 0
-
-    def in_order(directory: Path) -> list[str]:
-        return sorted(json.dumps(line, sort_keys=True) for line in lines(directory))
-
     assert in_order(output) == in_order(evaluated)
     other = [*command, "sampling.seed=8"]
     refused = subprocess.run(other, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
