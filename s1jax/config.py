@@ -265,6 +265,16 @@ class SamplingSection:
 
 
 @dataclass(frozen=True, config=STRICT)
+class CacheSection:
+    """The keys and values of past tokens, in pages that rows are given as they grow."""
+
+    tokens: Positive | None = Field(
+        default=None,
+        description="of all rows together; null: of every row as many as it can have, or what there is memory for",
+    )
+
+
+@dataclass(frozen=True, config=STRICT)
 class GenerateConfig:
     """python decode.py generate: answers with a thinking budget."""
 
@@ -284,6 +294,7 @@ class GenerateConfig:
     )
     sampling: SamplingSection = Field(default=SamplingSection(), description="sampling")
     batch_size: Positive = Field(default=8, description="rows decoded at once")
+    cache: CacheSection = Field(default=CacheSection(), description="keys and values of past tokens")
     logprobs: bool = Field(default=False, description="write each output token's log-probability too")
     mesh: DecodingMeshSection = Field(default=DecodingMeshSection(), description="device mesh")
     plan: PlanSection = Field(default=PlanSection(), description="planning")
@@ -352,6 +363,7 @@ class EvaluateConfig:
     sweep: SweepSection = Field(default=SweepSection(), description="runs")
     sampling: SamplingSection = Field(default=SamplingSection(), description="sampling")
     batch_size: Positive = Field(default=8, description="rows decoded at once")
+    cache: CacheSection = Field(default=CacheSection(), description="keys and values of past tokens")
     mesh: DecodingMeshSection = Field(default=DecodingMeshSection(), description="device mesh")
 
 

@@ -49,3 +49,16 @@ def peak_resident_bytes() -> int:
 def limit_bytes(device: Any) -> int | None:
     """Bytes that jax may take of a device's memory; None where it does not say, as of a CPU's."""
     return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def free_bytes(device: Any) -> int:
+    """Bytes of a device's memory that are not in use; of a CPU's, those that the system could give, shared equally."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"]) - int(stats["bytes_in_use"])
+    try:
+        with open("/proc/meminfo") as lines:
+            available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return available // len(device.client.local_devices())

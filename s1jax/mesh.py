@@ -20,6 +20,7 @@ Axes = tuple[str | None, ...]
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     # Activations.
     "batch": ("data", "fsdp"),
+    "pages": ("data", "fsdp"),
     "length": (),
     "slots": (),
     # Between blocks the residual stream is split along the sequence over the tensor axis, so that what remat

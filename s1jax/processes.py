@@ -109,6 +109,11 @@ def agree_all(flag: bool) -> bool:
     return flag if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.array(flag))))
 
 
+def agree_least(number: int) -> int:
+    """The least of all processes' numbers; collective."""
+    return number if jax.process_count() == 1 else int(np.min(multihost_utils.process_allgather(np.array(number))))
+
+
 def together(action: Callable[[], Result]) -> Result:
     """Do what may fail in one process alone; if it does, the others end with it, instead of waiting for it.
 

@@ -24,8 +24,9 @@ from s1jax.mesh import make_mesh
 from s1jax.model.attention import attention, choose
 from s1jax.model.config import QwenConfig
 from s1jax.model.export import export_model
-from s1jax.model.kernel_check import TOLERANCES, HeadSizes, attention_errors
+from s1jax.model.kernel_check import TOLERANCES, HeadSizes, attention_errors, paged_error
 from s1jax.model.load import load_model
+from s1jax.model.paged_attention import PAGE, choose_paged
 from s1jax.model.qwen import Qwen
 from s1jax.training.step import gradients
 from tests.reference.budget import run_budget
@@ -51,6 +52,8 @@ def run(report: Report, sizes: Sizes) -> None:
         for packed in (True, False):
             title = f"{name}, {'packed' if packed else 'one example a row'}"
             report.case("Attention kernels", title, partial(_kernel, report, title, heads, sizes.row, packed))
+        title = f"{name}, over pages"
+        report.case("Attention kernels", title, partial(_paged_kernel, report, title, heads, sizes.row))
     for dtype in ("float32", "bfloat16"):
         report.case("A small model", f"loss and gradients, {dtype}", partial(_parity, report, dtype))
     report.case("A small model", "budgets, float32", partial(_budgets, report))
@@ -86,6 +89,14 @@ def _kernel(report: Report, title: str, heads: HeadSizes, length: int, packed: b
         "with gradients ms": 1e3 * back,
         "with gradients TFLOP/s": 3.5 * flops / back / 1e12,
     }
+
+
+def _paged_kernel(report: Report, title: str, heads: HeadSizes, length: int) -> Row:
+    name = choose_paged(jnp.bfloat16, heads.head_dim)
+    error = paged_error(name, heads, jnp.bfloat16, [1, PAGE - 1, PAGE, PAGE + 1, length // 2, length])
+    limit = TOLERANCES["bfloat16"]
+    report.verdict(f"{name} is attention ({title})", passed=error <= limit, found=f"{error:.2g} away, limit {limit:g}")
+    return {"kernel": name, "error": error}
 
 
 def _batch(rows: int, length: int) -> Batch:

@@ -12,11 +12,13 @@ from benchmarks.device.report import Report, Row
 from benchmarks.device.sizes import Sizes
 from benchmarks.device.timing import seconds_of, shares_of_time
 from s1jax.decoding.benchmark import unending_rows
-from s1jax.decoding.engine import STEPS_PER_CHUNK, bucket
+from s1jax.decoding.engine import STEPS_PER_CHUNK
 from s1jax.decoding.loop import decode_chunk, empty_cache
+from s1jax.decoding.pages import full_table
 from s1jax.decoding.sampling import Sampling
 from s1jax.device_memory import limit_bytes
 from s1jax.mesh import make_mesh
+from s1jax.model.paged_attention import PAGE, num_pages
 from s1jax.model.qwen import Params, Qwen
 from s1jax.planning.estimate import estimate, latency
 from s1jax.planning.hardware import HARDWARE, Target
@@ -48,8 +50,7 @@ def run(report: Report, sizes: Sizes) -> None:
 
 
 def _abstract_cache(model: Qwen, rows: int, length: int) -> Any:
-    slots = bucket(length, model.config.max_position_embeddings)
-    return jax.eval_shape(lambda: empty_cache(model, rows, slots))
+    return jax.eval_shape(lambda: empty_cache(model, 1 + rows * num_pages(length)))
 
 
 def _bytes(tree: Any) -> int:
@@ -67,20 +68,19 @@ def _weights(model: Qwen) -> Params:
 
 def _decode(report: Report, case: str, model: Qwen, params: Params, length: int, rows: int) -> Row:
     device = jax.local_devices()[0]
-    context = model.config.max_position_embeddings
     # The last chunk that ends at this length: then the filled part of the cache is all of it.
-    slots = bucket(length, context)
+    table = full_table(1, rows, num_pages(length))
     shared, state = unending_rows(model.config.vocab_size, rows, length - STEPS_PER_CHUNK)
-    cache = [empty_cache(model, rows, slots)]
+    cache = [empty_cache(model, 1 + table.size)]
     started = time.perf_counter()
     loop: Any = decode_chunk
-    lowered = loop.lower(model, Sampling(), STEPS_PER_CHUNK, False, params, shared, cache[0], state)
+    lowered = loop.lower(model, Sampling(), STEPS_PER_CHUNK, False, params, shared, cache[0], table, state)
     chunk = lowered.compile()
     compiled_in = time.perf_counter() - started
     text = chunk.as_text()
 
     def take() -> Any:
-        cache[0], *others = chunk(params, shared, cache[0], state)
+        cache[0], *others = chunk(params, shared, cache[0], table, state)
         return others
 
     seconds = seconds_of(take, repeats=3) / STEPS_PER_CHUNK
@@ -88,7 +88,7 @@ def _decode(report: Report, case: str, model: Qwen, params: Params, length: int,
     weights = _bytes(params)
     if not model.config.tie_word_embeddings:
         weights -= params["embedding"].nbytes
-    filled = _bytes(cache[0]) * length / slots
+    filled = _bytes(cache[0]) * rows * length / (PAGE * (1 + table.size))
     if device.platform == "gpu":
         known = "known_trip_count" in text
         found = "the loop's length is known" if known else "it is not"

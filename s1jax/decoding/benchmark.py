@@ -16,9 +16,10 @@ import numpy as np
 from s1jax.config import BenchmarkConfig
 from s1jax.config_reader import ConfigError, to_dict
 from s1jax.decoding.budget import Phase, RowParams, RowState, Tables
-from s1jax.decoding.engine import STEPS_PER_CHUNK, bucket
+from s1jax.decoding.engine import STEPS_PER_CHUNK
 from s1jax.decoding.hosts import Hosts, Row, SharedOutput, same_command, start_hosts
-from s1jax.decoding.loop import Rows, Shared, decode_chunk, empty_cache, insert, prefill
+from s1jax.decoding.loop import Rows, Shared, decode_chunk, empty_cache, prefill
+from s1jax.decoding.pages import full_table
 from s1jax.decoding.sampling import Sampling
 from s1jax.decoding.workload import picture, run_workload
 from s1jax.device_memory import peak_resident_bytes
@@ -26,7 +27,7 @@ from s1jax.mesh import batch_shards
 from s1jax.model import cpu_kernel
 from s1jax.model.hf import load_params, resolve_model
 from s1jax.model.load import LoadedModel, inference_model
-from s1jax.model.qwen import KVCache
+from s1jax.model.paged_attention import PAGE, KVCache, num_pages
 from s1jax.paths import any_path, write_whole
 
 _COPIED_BYTES = 2**29
@@ -144,20 +145,24 @@ def _measured(config: BenchmarkConfig) -> Row:
 
 def _measure(loaded: LoadedModel, config: BenchmarkConfig, batch_size: int, copy: float) -> Measurement:
     section, model = config.benchmark, loaded.model
-    batch = batch_size + -batch_size % batch_shards(loaded.mesh)
+    shards = batch_shards(loaded.mesh)
+    batch = batch_size + -batch_size % shards
     total = section.prompt_length + section.new_tokens
-    slots = bucket(total + STEPS_PER_CHUNK, total + STEPS_PER_CHUNK)
+    per_row = num_pages(total + STEPS_PER_CHUNK)
+    table = full_table(shards, batch, per_row)
     prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, section.prompt_length).astype(np.int32)
     shared, rows = unending_rows(model.config.vocab_size, batch, section.prompt_length)
 
     def fill() -> KVCache:
-        cache = empty_cache(model, batch, slots)
-        for row in range(batch):
-            cache = insert(cache, prefill(model, loaded.params, prompt), np.int32(row))
+        cache = empty_cache(model, shards + batch * per_row)
+        for of_shards in np.swapaxes(table.reshape(shards, -1, per_row), 0, 1)[:, :, : num_pages(len(prompt))]:
+            cache = prefill(model, loaded.params, cache, np.tile(prompt, (shards, 1)), of_shards)
         return jax.block_until_ready(cache)
 
     def decode(cache: KVCache, rows: Rows, steps: int) -> tuple[KVCache, Rows]:
-        cache, state, last_token, _ = decode_chunk(model, Sampling(), steps, False, loaded.params, shared, cache, rows)
+        cache, state, last_token, _ = decode_chunk(
+            model, Sampling(), steps, False, loaded.params, shared, cache, table, rows
+        )
         return jax.block_until_ready((cache, rows._replace(state=state, last_token=last_token)))
 
     first_runs = _seconds(lambda: decode(decode(fill(), rows, 1)[0], rows, STEPS_PER_CHUNK))
@@ -176,7 +181,7 @@ def _measure(loaded: LoadedModel, config: BenchmarkConfig, batch_size: int, copy
     weights = sum(x.nbytes for x in jax.tree.leaves(loaded.params))
     if not model.config.tie_word_embeddings:
         weights -= loaded.params["embedding"].nbytes  # Only one row of it is read for each token.
-    filled = (section.prompt_length + total) / 2 / slots
+    filled = (section.prompt_length + total) / 2 / (per_row * PAGE)
     bytes_per_step = int(weights + filled * sum(x.nbytes for x in jax.tree.leaves(cache)))
     return Measurement(
         batch_size=batch,

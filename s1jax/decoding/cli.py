@@ -24,7 +24,7 @@ from s1jax.paths import any_path
 from s1jax.processes import together
 from s1jax.resume import keep_settings, settings_of
 
-_FREE_TO_CHANGE = ("output", "batch_size", "mesh", "plan", "prompts")
+_FREE_TO_CHANGE = ("output", "batch_size", "cache", "mesh", "plan", "prompts")
 """Keys that a run may be resumed with other values of: the results do not depend on them."""
 
 
@@ -102,7 +102,7 @@ def _read(config: GenerateConfig) -> tuple[Setup, list[Prompt], list[Request]]:
         for sample in range(config.sampling.num_samples)
     ]
     named = [(f"prompt {prompts[request.index].id!r}", request) for request in requests if request.sample == 0]
-    check_requests(named, setup.profile, setup.context_length)
+    check_requests(named, setup.profile, setup.context_length, config.cache.tokens)
     return setup, prompts, requests
 
 

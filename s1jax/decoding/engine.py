@@ -1,7 +1,7 @@
 """The host's half of decoding: requests wait, take their places in the batch, and leave it as they finish."""
 
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -14,74 +14,43 @@ from transformers import PreTrainedTokenizerBase
 from s1jax.decoding.budget import (
     Phase,
     RowParams,
-    RowState,
     ThinkingBudget,
     ThinkingEnd,
     build_tables,
     resolve_max_thinking_tokens,
     start_rows,
 )
+from s1jax.decoding.cache import SHORTEST_PROMPT, PagedCache, bucket
 from s1jax.decoding.finite import NonFiniteError
 from s1jax.decoding.forks import Fork, Rules, WaitTexts, fork
 from s1jax.decoding.hosts import to_host
-from s1jax.decoding.loop import Chunk, Rows, Shared, decode_chunk, empty_cache, grow_cache, insert, prefill
+from s1jax.decoding.loop import Chunk, Rows, Shared, decode_chunk
 from s1jax.decoding.profiles import ProfileIds
-from s1jax.decoding.requests import Request, problem_of
-from s1jax.decoding.results import Finished, Generation, Progress, generation_of, under
+from s1jax.decoding.requests import Request, longest_context, problem_of
+from s1jax.decoding.results import Finished, Progress, generation_of, under
 from s1jax.decoding.sampling import Sampling, request_key
+from s1jax.decoding.slot import Slot, put_rows, state_of, take_rows
 from s1jax.mesh import batch_shards
+from s1jax.model import cpu_kernel
 from s1jax.model.load import LoadedModel
-from s1jax.model.qwen import KVCache
 
 STEPS_PER_CHUNK = 32
 """Decode steps between two looks of the host at the rows."""
-_SHORTEST_PROMPT, _SHORTEST_CACHE = 64, 128
 
 
 class OutOfMemoryError(RuntimeError):
     """The device could not hold the batch; the message says what was tried and what to lower."""
 
 
-class _Slot:
-    """A row of the batch while a request occupies it."""
+class Occupancy(NamedTuple):
+    """What an engine holds between two steps."""
 
-    def __init__(self, request: Request, start: Rows):
-        self.request = request
-        self.start = start
-        """The row before its first step."""
-        self.output_ids: list[int] = []
-        self.forced: list[bool] = []
-        self.logprobs: list[float] = []
-        self.attempts: list[int] = []
-        """Steps at which an end of the thinking was drawn."""
-        self.num_shared_tokens = 0
-
-    def take(self, chunk: Chunk, row: int) -> Progress:
-        """Keep what a chunk wrote in this row."""
-        written = chunk.written[:, row]
-        self.attempts += (len(self.output_ids) + np.flatnonzero(chunk.attempts[written, row])).tolist()
-        new_ids = chunk.tokens[written, row].tolist()
-        new_forced = chunk.forced[written, row].tolist()
-        self.output_ids += new_ids
-        self.forced += new_forced
-        self.logprobs += chunk.logprobs[written, row].tolist()
-        return Progress(self.request, new_ids, new_forced)
-
-    def continue_from(self, done: "_Slot", at: Fork, ends_in_newline: np.ndarray) -> None:
-        """Begin at the step at which this request parts from another, whose keys and values are in the row's cache."""
-        self.num_shared_tokens = at.step
-        self.output_ids, self.forced = done.output_ids[: at.step], done.forced[: at.step]
-        self.logprobs = done.logprobs[: at.step]
-        self.attempts = [step for step in done.attempts if step < at.step]
-        state = self.start.state
-        state.length[0] += at.step
-        state.num_thinking_tokens[0] += at.step
-        state.num_waits[0] = at.num_waits
-        if at.step > 0:
-            # What is forced while thinking is a wait text, and runs part only after its last token.
-            state.mask_end[0] = self.forced[-1]
-            state.ends_in_newline[0] = ends_in_newline[self.output_ids[-1]]
-            self.start.last_token[0] = self.output_ids[-1]
+    rows: int
+    """At work."""
+    live_tokens: int
+    """In the contexts of these rows."""
+    used_pages: int
+    pages: int
 
 
 class _Tables(NamedTuple):
@@ -104,56 +73,64 @@ class Engine:
         *,
         seed: int = 0,
         batch_size: int = 8,
+        cache_tokens: int | None = None,
         logprobs: bool = False,
         share: bool = True,
     ):
         """Settings of all requests; `batch_size` is rounded up to what the mesh divides.
 
+        `cache_tokens` are the most that all rows hold together; None: of every row as many as it can have, or what
+        there is memory for. If they run out, the youngest request waits again, and goes on where it was.
+
         With `share`, requests of one prompt, index and sample whose budgets answer alike, if they wait together, follow
-        each other in one row, and each decodes only what it does not have in common with the one before. Results are
-        those of each alone.
+        each other in one row, and each decodes only what it does not have in common with the one before; and rows with
+        one prompt compute it once. Results are those of each alone.
         """
         self._loaded, self._tokenizer, self._profile = loaded, tokenizer, profile
         self._sampling, self._seed, self._logprobs, self._share = sampling, seed, logprobs, share
-        self._batch = batch_size + -batch_size % batch_shards(loaded.mesh)
+        self._shards = batch_shards(loaded.mesh)
+        self._batch = batch_size + -batch_size % self._shards
         self._context = loaded.model.config.max_position_embeddings
         self._waiting: OrderedDict[Hashable, list[Request]] = OrderedDict()
         """Those that may follow each other in a row, by what they have in common."""
-        self._slots: list[_Slot | None] = [None] * self._batch
-        self._following: list[list[_Slot]] = [[] for _ in self._slots]
-        """Of each row, what goes on with the beginning of the request that is there."""
+        self._next_up: deque[list[Slot]] = deque()
+        """Groups that come before those: they were at work already, or there was no page for them."""
+        self._groups: list[list[Slot]] = [[] for _ in range(self._batch)]
+        """Of each row, the request that is at work there, and those that go on with its beginning."""
         self._waits: dict[tuple[str, ...], ThinkingBudget] = {}
         """Every list of wait texts that was ever submitted, in a budget that has it: rows point to their places."""
         self._tables: _Tables | None = None
         """None if they are to be made anew."""
-        self._cache: KVCache | None = None
-        self._cache_slots = 0
-        """Of the cache that was last asked for."""
-        self._rows = self._start([], {})
+        self._cache_tokens = cache_tokens
+        self._cache = PagedCache(loaded, self._batch, cache_tokens, share=share)
+        self._limit = 0
+        """The longest that the context of a request submitted so far can get, rounded up."""
+        self._admitted = 0
+        self._rows = self._start([], {}, self._batch)
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing is left to decode."""
-        return not self._waiting and not any(self._slots)
+        return not self._waiting and not self._next_up and not any(self._groups)
 
     @property
-    def occupancy(self) -> tuple[int, int, int]:
-        """Rows at work, tokens in their contexts, and slots of the cache in all rows."""
-        at_work = self._rows.state.phase != Phase.DONE
-        slots = self._cache[0].keys.shape[2] * self._batch if self._cache else 0
-        return int(at_work.sum()), int(self._rows.state.length[at_work].sum()), slots
+    def occupancy(self) -> Occupancy:
+        """What is held now."""
+        at_work = [row for row, group in enumerate(self._groups) if group]
+        return Occupancy(len(at_work), int(self._rows.state.length[at_work].sum()), *self._cache.size)
 
     def submit(self, request: Request) -> None:
         """Have a request decoded; returns at once.
 
         Raises ValueError if it has a `problem_of`, or a wait text that the tokenizer or the profile cannot have.
         """
-        if problem := problem_of(request, self._profile, self._context):
+        if problem := problem_of(request, self._profile, self._context, self._cache_tokens):
             raise ValueError(f"prompt {request.index}: {problem}")
         if request.budget.waits not in self._waits:
             build_tables(self._profile, [request.budget], self._tokenizer)
             self._waits[request.budget.waits] = request.budget
             self._tables = None
+        self._limit = max(self._limit, bucket(self._limit_of(request), self._context))
         self._waiting.setdefault(self._in_common(request), []).append(request)
 
     def cancel(self, request: Request) -> None:
@@ -163,16 +140,14 @@ class Engine:
             self._waiting[key] = [other for other in self._waiting[key] if other is not request]
             if not self._waiting[key]:
                 del self._waiting[key]
-        for row, slot in enumerate(self._slots):
-            self._following[row] = [other for other in self._following[row] if other.request is not request]
-            if slot and slot.request is request:
-                self._slots[row] = None
-                self._rows.state.phase[row] = Phase.DONE
-                if left := [other.request for other in self._following[row]]:
-                    # Their beginning is not whole. They wait again, before all others.
-                    self._waiting[key] = left + self._waiting.get(key, [])
-                    self._waiting.move_to_end(key, last=False)
-                    self._following[row] = []
+        for row, group in enumerate(self._groups):
+            if group and group[0].request is request:
+                self._clear(row)
+                # What follows it has not begun: its beginning would have been this one's.
+                self._next_up.appendleft(group)
+        for group in (*self._next_up, *self._groups):
+            group[:] = [slot for slot in group if slot.request is not request]
+        self._next_up = deque(group for group in self._next_up if group)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Progress | Finished]:
         """Submit requests and step until all are through; events are yielded as they come, in no fixed order.
@@ -196,17 +171,19 @@ class Engine:
             with jax.set_mesh(self._loaded.mesh):
                 tables = self._tables = self._tables or self._make_tables()
                 self._admit_waiting(tables)
-                assert self._cache is not None
-                self._cache = self._with_room(self._cache)
-                self._cache, state, last_token, chunk = decode_chunk(
+                self._make_room()
+                order = self._order()
+                assert self._cache.arrays is not None
+                self._cache.arrays, state, last_token, chunk = decode_chunk(
                     self._loaded.model,
                     self._sampling,
                     STEPS_PER_CHUNK,
                     self._logprobs,
                     self._loaded.params,
                     tables.shared,
-                    self._cache,
-                    self._rows,
+                    self._cache.arrays,
+                    self._cache.table(order, max(self._ahead(row) for row in order if self._groups[row])),
+                    take_rows(self._rows, order),
                 )
                 state, last_token, chunk = to_host((state, last_token, chunk))
         except JaxRuntimeError as error:
@@ -214,34 +191,38 @@ class Engine:
                 raise
             layers = self._loaded.model.config.num_hidden_layers
             raise OutOfMemoryError(
-                f"out of device memory with {self._batch} rows x {self._cache_slots} cache slots in {layers} layers: "
-                "lower batch_size, budget.max_thinking_tokens or max_total_tokens, or raise mesh.tensor"
+                f"out of device memory with {self._batch} rows of up to {self._limit} tokens in {layers} layers: "
+                "lower cache.tokens, batch_size, budget.max_thinking_tokens or max_total_tokens, or raise mesh.tensor"
             ) from error
-        # Copies: arrays that come from a device cannot be written to.
-        self._rows = self._rows._replace(state=jax.tree.map(np.array, state), last_token=np.array(last_token))
-        events = [event for row, slot in enumerate(self._slots) if slot for event in self._events(row, slot, chunk)]
-        if self.is_idle:
-            # The next ones may be shorter, and attention reads every slot on most platforms.
-            self._cache = None
-        return events
+        put_rows(self._rows, order, take_rows(self._rows, order)._replace(state=state, last_token=last_token))
+        at_work = [(row, column) for column, row in enumerate(order) if self._groups[row]]
+        return [event for row, column in at_work for event in self._events(row, column, chunk)]
 
-    def _events(self, row: int, slot: _Slot, chunk: Chunk) -> Iterator[Progress | Finished]:
-        """What a chunk means for a row, which the next request takes if its own has finished."""
-        if not (finite := chunk.finite[:, row] | ~chunk.written[:, row]).all():
-            raise self._nonfinite(slot, chunk.tokens[: int(np.argmin(finite)), row].tolist())
-        yield slot.take(chunk, row)
-        state = RowState(*(values[row] for values in self._rows.state))
+    def _events(self, row: int, column: int, chunk: Chunk) -> Iterator[Progress | Finished]:
+        """What a column of a chunk means for its row, which the next request takes if its own has finished."""
+        slot, *others = self._groups[row]
+        if not (finite := chunk.finite[:, column] | ~chunk.written[:, column]).all():
+            raise self._nonfinite(slot, chunk.tokens[: int(np.argmin(finite)), column].tolist())
+        yield slot.take(chunk, column)
+        state = state_of(self._rows, row)
         if state.phase != Phase.DONE:
             return
-        result = self._result(slot, state)
+        logprobs = slot.logprobs if self._logprobs else None
+        result = generation_of(
+            slot.request.prompt, slot.output_ids, slot.forced, logprobs, state, self._profile, self._tokenizer
+        )
         yield Finished(slot.request, result, len(slot.output_ids) - slot.num_shared_tokens)
-        forks = [(other, self._fork(slot, other)) for other in self._following[row]]
+        forks = [(other, self._fork(slot, other)) for other in others]
         for same in (other for other, at in forks if at is None):
             reached = ThinkingEnd(_one(same.start.params).max_thinking_end)
             yield Finished(same.request, under(result, reached), 0)
-        self._slots[row], self._following[row] = self._next(slot, forks)
-        if continued := self._slots[row]:
-            _set_row(self._rows, row, continued.start)
+        self._groups[row] = self._following(slot, forks)
+        if not self._groups[row]:
+            self._clear(row)
+            return
+        start = self._groups[row][0].start
+        put_rows(self._rows, [row], start)
+        self._cache.shorten(row, int(start.state.length[0]))
 
     def _make_tables(self) -> _Tables:
         """Of a size that other wait texts have room in, mostly: the compiled loop depends on it."""
@@ -256,16 +237,71 @@ class Engine:
         return _Tables(Shared(tables, valid, end_tokens), wait_starts, texts)
 
     def _admit_waiting(self, tables: _Tables) -> None:
+        """Give free rows to those that wait, in their order, as long as there are pages for them."""
+        if self._cache.limit < self._limit and not any(self._groups):
+            self._cache.claim(self._limit)
         for row in range(self._batch):
-            if self._slots[row] is None and self._waiting:
+            if self._groups[row]:
+                continue
+            if not self._next_up and self._waiting:
                 _, alike = self._waiting.popitem(last=False)
-                first, *self._following[row] = [
-                    _Slot(request, self._start([request], tables.wait_starts))
+                slots = [
+                    Slot(request, self._start([request], tables.wait_starts, 1), self._limit_of(request))
                     for request in sorted(alike, key=self._longest_first)
                 ]
-                self._slots[row] = first
-                _set_row(self._rows, row, first.start)
-                self._cache = self._prefilled(self._cache, row, first.request)
+                self._next_up.append(slots)
+            # If it may outgrow what was claimed, it waits until nobody is at work.
+            if not self._next_up or self._next_up[0][0].limit > self._cache.limit:
+                break
+            slot = self._next_up[0][0]
+            tokens = min(len(slot.context_ids) + STEPS_PER_CHUNK, slot.limit)
+            if not self._cache.admits(row, tokens):
+                continue
+            self._groups[row] = self._next_up.popleft()
+            self._admitted += 1
+            slot.age = self._admitted
+            put_rows(self._rows, [row], slot.start)
+            self._cache.begin(row, slot.context_ids, tokens, is_prompt=not slot.output_ids)
+        self._cache.fill()
+
+    def _make_room(self) -> None:
+        """See to it that every row has pages for a chunk; where there are not enough, the youngest wait again."""
+        by_age = sorted((group[0].age, row) for row, group in enumerate(self._groups) if group)
+        for _, row in by_age:
+            while self._groups[row] and not self._cache.extend(row, self._ahead(row)):
+                same_shard = [
+                    other for _, other in by_age if self._groups[other] and self._shard(other) == self._shard(row)
+                ]
+                self._put_back(same_shard[-1])
+
+    def _put_back(self, row: int) -> None:
+        """Have the request of a row wait, with what it has decoded, before all others."""
+        self._groups[row][0].start = take_rows(self._rows, [row])
+        self._next_up.appendleft(self._groups[row])
+        self._clear(row)
+
+    def _clear(self, row: int) -> None:
+        """Nobody is in a row."""
+        self._groups[row] = []
+        self._cache.release(row)
+        put_rows(self._rows, [row], self._start([], {}, 1))
+
+    def _ahead(self, row: int) -> int:
+        """Tokens that a row may have after a chunk."""
+        return min(int(self._rows.state.length[row]) + STEPS_PER_CHUNK, self._groups[row][0].limit)
+
+    def _shard(self, row: int) -> int:
+        return row * self._shards // self._batch
+
+    def _order(self) -> list[int]:
+        """The rows to compute: all, or on a CPU, where each costs, a quarter as often as that holds those at work."""
+        free = np.array([not group for group in self._groups]).reshape(self._shards, -1)
+        size = free.shape[1]
+        if cpu_kernel.available(self._loaded.model.dtype):
+            while size > 1 and (~free).sum() <= max(1, size // 4):
+                size = max(1, size // 4)
+        first = np.arange(self._batch).reshape(free.shape)
+        return np.take_along_axis(first, np.argsort(free, axis=1, kind="stable"), axis=1)[:, :size].ravel().tolist()
 
     def _in_common(self, request: Request) -> Hashable:
         """What requests with the same draws that answer alike have in common."""
@@ -279,24 +315,20 @@ class Engine:
         return -request.budget.num_ignore, -thinking
 
     def compilations(self, requests: Sequence[Request]) -> int:
-        """At most how many programs these requests need: prompt buckets, cache buckets, and moves between them."""
-        prompts = {self._padded_length(r.prompt.prompt_ids) for r in requests}
-        longest = max(self._limit(r) for r in requests)
-        caches = {bucket(n, self._context) for n in range(min(prompts), bucket(longest, self._context) + 1)}
-        # A prefill for each prompt bucket; for each cache bucket its decode loop, insertions, and a way to get there:
-        # the first is made empty, the others grow from one before.
-        return len(prompts) + len(caches) * (2 + len(prompts))
+        """At most how many programs these requests need, submitted together."""
+        prompts = {bucket(len(r.prompt.prompt_ids), self._context, SHORTEST_PROMPT) for r in requests}
+        longest = bucket(max(self._limit_of(r) for r in requests), self._context)
+        # Those that wait again are prefilled with what they have decoded.
+        prompts |= {bucket(n, self._context, SHORTEST_PROMPT) for n in range(min(prompts), longest + 1)}
+        widths = {bucket(n, self._context) for n in range(min(prompts), longest + 1)}
+        sizes = {max(1, self._batch >> shift) for shift in range(0, self._batch.bit_length() + 1, 2)}
+        # A cache, a copy of pages, prefills, and decode loops for some of the rows or for some widths of their table.
+        return 2 + len(prompts) + max(len(widths), len(sizes))
 
-    def _limit(self, request: Request) -> int:
-        """The longest that a request's context can get, in tokens."""
-        budget, prompt = request.budget, len(request.prompt.prompt_ids)
-        limit = min(self._context, budget.max_total_tokens or self._context)
-        if budget.max_answer_tokens is None:
-            return limit
-        thinking, _ = resolve_max_thinking_tokens(budget, request.prompt, self._profile, self._context)
-        return min(limit, prompt + thinking + len(self._profile.budget_end_with_newline) + budget.max_answer_tokens)
+    def _limit_of(self, request: Request) -> int:
+        return longest_context(request, self._profile, self._context)
 
-    def _fork(self, done: _Slot, other: _Slot) -> Fork | None:
+    def _fork(self, done: Slot, other: Slot) -> Fork | None:
         """Where a request parts from one that has finished; None if it does not."""
         if not self._profile.profile.thinks:
             return None
@@ -305,89 +337,42 @@ class Engine:
         in_prompt = done.request.prompt.num_thinking_tokens
         return fork(before, after, done.attempts, len(done.output_ids), in_prompt)
 
-    def _next(self, done: _Slot, forks: Sequence[tuple[_Slot, Fork | None]]) -> tuple[_Slot | None, list[_Slot]]:
-        """The request that has most in common with the one whose keys and values are in the row, and the others."""
+    def _following(self, done: Slot, forks: Sequence[tuple[Slot, Fork | None]]) -> list[Slot]:
+        """Those that part from the one whose keys and values are in the row, the one with most in common first."""
         left = [(slot, at) for slot, at in forks if at is not None]
         if not left:
-            return None, []
+            return []
         slot, at = max(left, key=lambda item: item[1].step)
         slot.continue_from(done, at, self._profile.ends_in_newline)
-        return slot, [other for other, _ in left if other is not slot]
+        slot.age = done.age
+        return [slot, *(other for other, _ in left if other is not slot)]
 
-    def _result(self, slot: _Slot, state: RowState) -> Generation:
-        logprobs = slot.logprobs if self._logprobs else None
-        return generation_of(
-            slot.request.prompt, slot.output_ids, slot.forced, logprobs, state, self._profile, self._tokenizer
-        )
-
-    def _nonfinite(self, slot: _Slot, new_ids: list[int]) -> NonFiniteError:
+    def _nonfinite(self, slot: Slot, new_ids: list[int]) -> NonFiniteError:
         """What to raise of a row whose scores were not finite after these ids of a chunk."""
         request = slot.request
-        input_ids = [*request.prompt.prompt_ids, *slot.output_ids, *new_ids]
+        input_ids = [*slot.context_ids, *new_ids]
         text = f"prompt {request.index}, sample {request.sample}, after {len(input_ids)} tokens"
         return NonFiniteError(text, self._loaded, input_ids)
 
-    def _start(self, requests: Sequence[Request], wait_starts: dict[tuple[str, ...], int]) -> Rows:
-        """The rows of these requests before their first step, and finished ones up to the batch's size."""
+    def _start(self, requests: Sequence[Request], wait_starts: dict[tuple[str, ...], int], size: int) -> Rows:
+        """The rows of these requests before their first step, and finished ones up to `size`."""
         params, state = start_rows(
             [r.budget for r in requests],
             [r.prompt for r in requests],
             self._profile,
             wait_starts,
             self._context,
-            self._batch,
+            size,
         )
         # A row without a request has a context of one padding token, so that its position is in the cache.
         state.length[len(requests) :] = 1
-        rows = Rows(state, params, np.zeros(self._batch, np.int32), np.zeros((self._batch, 2), np.uint32))
+        rows = Rows(state, params, np.zeros(size, np.int32), np.zeros((size, 2), np.uint32))
         for row, request in enumerate(requests):
             rows.last_token[row] = request.prompt.prompt_ids[-1]
             rows.key_data[row] = jax.random.key_data(request_key(self._seed, request.index, request.sample))
         return rows
 
-    def _prefilled(self, cache: KVCache | None, row: int, request: Request) -> KVCache:
-        """The cache with a prompt in this row."""
-        prompt_ids = request.prompt.prompt_ids
-        padded = np.zeros(self._padded_length(prompt_ids), np.int32)
-        padded[: len(prompt_ids)] = prompt_ids
-        cache = self._with_slots(cache, bucket(len(padded), self._context))
-        prompt = prefill(self._loaded.model, self._loaded.params, padded)
-        return insert(cache, prompt, np.int32(row))
-
-    def _padded_length(self, prompt_ids: Sequence[int]) -> int:
-        return bucket(len(prompt_ids), self._context, shortest=_SHORTEST_PROMPT)
-
-    def _with_slots(self, cache: KVCache | None, slots: int) -> KVCache:
-        """The cache with at least so many slots: a new one, or grown, or as it is."""
-        if cache is not None and cache[0].keys.shape[2] >= slots:
-            return cache
-        self._cache_slots = slots
-        return empty_cache(self._loaded.model, self._batch, slots) if cache is None else grow_cache(cache, slots)
-
-    def _with_room(self, cache: KVCache) -> KVCache:
-        """The cache, grown if one of the rows at work could outgrow it within a chunk."""
-        rows = self._rows
-        active = rows.state.phase != Phase.DONE
-        needed = np.where(active, np.minimum(rows.state.length + STEPS_PER_CHUNK, rows.params.max_total_tokens), 1)
-        return self._with_slots(cache, bucket(int(needed.max()), self._context))
-
 
 def _one(params: RowParams) -> RowParams:
     """The settings of the first row."""
     return RowParams(*(int(values[0]) for values in params))
-
-
-def bucket(length: int, limit: int, shortest: int = _SHORTEST_CACHE) -> int:
-    """The size of cache or padded prompt for this many tokens: a power of two or 3/4 of one, at most `limit`."""
-    size = shortest
-    while size < length:
-        size *= 2
-    if size > shortest and length <= size * 3 // 4:
-        size = size * 3 // 4
-    return min(size, limit)
-
-
-def _set_row(rows: Rows, row: int, one: Rows) -> None:
-    """Copy the first row of `one` into a row of the batch."""
-    for target, source in zip(jax.tree.leaves(rows), jax.tree.leaves(one), strict=True):
-        target[row] = source[0]

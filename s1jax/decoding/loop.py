@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 from s1jax.decoding.budget import Phase, RowParams, RowState, Tables, end_attempts, step
 from s1jax.decoding.sampling import Sampling, sample, step_keys, token_logprobs
 from s1jax.mesh import constrain, platform
-from s1jax.model.attention import CachedHeads
-from s1jax.model.qwen import CACHE_AXES, KVCache, LayerCache, Params, Qwen
+from s1jax.model.paged_attention import KVCache, PageTable, copy_page
+from s1jax.model.qwen import Params, Qwen
 
 
 class Rows(NamedTuple):
@@ -51,56 +51,32 @@ class Chunk(NamedTuple):
     """Whether all scores of the step were finite: what is drawn from others means nothing."""
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def empty_cache(model: Qwen, batch: int, slots: int) -> KVCache:
-    """A cache for `batch` rows of `slots` tokens."""
-    return model.init_cache(batch, slots)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def empty_cache(model: Qwen, pages: int) -> KVCache:
+    """A cache of so many pages, of all shards together."""
+    return model.init_cache(pages)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def prefill(model: Qwen, params: Params, prompt_ids: Int[Array, " slots"]) -> KVCache:
-    """The cache of one prompt, a batch of 1 with as many slots as the padded prompt.
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def prefill(
+    model: Qwen, params: Params, cache: KVCache, prompt_ids: Int[Any, "shards length"], table: PageTable
+) -> KVCache:
+    """The cache with one prompt for each shard of the batch, which computes its own, in the pages of the table.
 
-    Always one row, so that a row's numbers do not depend on those it came with. What padding leaves in its slots is out
-    of sight, and overwritten before the row gets there.
+    Always one row, so that a row's numbers do not depend on those it came with. What padding leaves behind a prompt in
+    its last page is out of sight, and overwritten before the row gets there; what has no page is not kept.
     """
-    slots = prompt_ids.shape[0]
-    positions = jnp.arange(slots)[None]
-    _, cache = model.hidden_states(params, prompt_ids[None], positions, cache=model.init_cache(1, slots))
-    assert cache is not None
-    return cache
+    prompt_ids = constrain(jnp.asarray(prompt_ids), "batch", "length")
+    positions = jnp.broadcast_to(jnp.arange(prompt_ids.shape[1]), prompt_ids.shape)
+    _, filled = model.hidden_states(params, prompt_ids, positions, cache=cache, page_table=jnp.asarray(table))
+    assert filled is not None
+    return filled
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def insert(cache: KVCache, prompt: KVCache, row: Int[Array, ""]) -> KVCache:
-    """Put one prefilled prompt into a row of the batch's cache, which is reused."""
-
-    def put(whole: Array, part: Array) -> Array:
-        return constrain(jax.lax.dynamic_update_slice_in_dim(whole, _fit(part, whole.shape[2]), row, 0), *CACHE_AXES)
-
-    return jax.tree.map(put, cache, prompt)
-
-
-def grow_cache(cache: KVCache, slots: int) -> KVCache:
-    """A cache of more slots with the same content, instead of the one given: at most one layer is there twice."""
-    grown = []
-    for layer in cache:
-        grown.append(grow(layer, slots))
-        for old in layer:
-            old.delete()
-    return tuple(grown)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def grow(layer: LayerCache, slots: int) -> LayerCache:
-    """One layer's cache with more slots."""
-    return jax.tree.map(lambda x: constrain(_fit(x, slots), *CACHE_AXES), layer)
-
-
-def _fit(x: CachedHeads, slots: int) -> Array:
-    """Cut off or append empty slots; what is cut off is padding."""
-    x = x[:, :, :slots]
-    return jnp.pad(x, [(0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)])
+def copy_pages(cache: KVCache, source: Int[Any, " shards"], target: Int[Any, " shards"]) -> KVCache:
+    """The cache with one page of each shard copied onto another."""
+    return tuple(copy_page(layer, source, target) for layer in cache)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(6,))
@@ -112,11 +88,12 @@ def decode_chunk(
     params: Params,
     shared: Shared,
     cache: KVCache,
+    table: PageTable,
     rows: Rows,
 ) -> tuple[KVCache, RowState, Int[Array, " batch"], Chunk]:
     """Take `steps` steps, on a CPU fewer if every row finishes; the cache is updated in place.
 
-    The cache must have room for `steps` more tokens in each row that is not finished. Returns the cache, the rows'
+    The table must have pages for `steps` more tokens of each row that is not finished. Returns the cache, the rows'
     states and last tokens, and what was written.
     """
     batch = rows.last_token.shape[0]
@@ -132,7 +109,7 @@ def decode_chunk(
     def take(carry: tuple[Array, KVCache, RowState, Array, Chunk]) -> tuple[Array, KVCache, RowState, Array, Chunk]:
         taken, cache, state, last_token, chunk = carry
         positions = (state.length - 1)[:, None]
-        hidden, new_cache = model.hidden_states(params, last_token[:, None], positions, cache=cache)
+        hidden, new_cache = model.hidden_states(params, last_token[:, None], positions, cache=cache, page_table=table)
         assert new_cache is not None
         logits = constrain(model.logits(params, hidden[:, 0]), "batch", "vocab")
         drawn, drawn_masked = sample(logits, step_keys(keys, state.length), sampling, shared.valid, shared.end_tokens)

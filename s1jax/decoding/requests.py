@@ -51,15 +51,30 @@ class Request:
     sample: int = 0
 
 
-def problem_of(request: Request, profile: ProfileIds, context: int) -> str | None:
-    """Why a request cannot be run by a model of this context length: no prompt, or no room to answer."""
+def problem_of(request: Request, profile: ProfileIds, context: int, cache_tokens: int | None = None) -> str | None:
+    """Why a request cannot be run by a model of this context length, in a cache for so many tokens.
+
+    It has no prompt, or no room to answer, or one row is more than the cache has room for.
+    """
     if not request.prompt.prompt_ids:
         return "the prompt is empty"
     try:
-        resolve_max_thinking_tokens(request.budget, request.prompt, profile, context)
+        longest = longest_context(request, profile, context)
     except ValueError as error:
         return str(error)
+    if cache_tokens is not None and longest > cache_tokens:
+        return f"may need {longest} tokens, and cache.tokens is {cache_tokens}: lower max_total_tokens or the budget"
     return None
+
+
+def longest_context(request: Request, profile: ProfileIds, context: int) -> int:
+    """The most tokens, prompt included, that a request can come to. Raises ValueError if there is no room to answer."""
+    budget, prompt = request.budget, len(request.prompt.prompt_ids)
+    thinking, _ = resolve_max_thinking_tokens(budget, request.prompt, profile, context)
+    limit = min(context, budget.max_total_tokens or context)
+    if budget.max_answer_tokens is None:
+        return limit
+    return min(limit, prompt + thinking + len(profile.budget_end_with_newline) + budget.max_answer_tokens)
 
 
 def encode_prompt(

@@ -41,10 +41,14 @@ def prepare(config: GenerateConfig | EvaluateConfig) -> Setup:
     return Setup(tokenizer, profile, model_config.max_position_embeddings, sampling_of(config.sampling))
 
 
-def check_requests(named: Sequence[tuple[str, Request]], profile: ProfileIds, context_length: int) -> None:
-    """Raise InputError that lists the requests, by these names, that a model of this context length cannot run."""
+def check_requests(
+    named: Sequence[tuple[str, Request]], profile: ProfileIds, context_length: int, cache_tokens: int | None = None
+) -> None:
+    """Raise InputError that lists the requests, by these names, that have a `problem_of`."""
     problems = [
-        f"  {name}: {problem}" for name, request in named if (problem := problem_of(request, profile, context_length))
+        f"  {name}: {problem}"
+        for name, request in named
+        if (problem := problem_of(request, profile, context_length, cache_tokens))
     ]
     if problems:
         count = f"{len(problems)} of {len(named)} prompts cannot be run:"
@@ -62,6 +66,7 @@ def build_engine(
         setup.sampling,
         seed=config.sampling.seed,
         batch_size=config.batch_size,
+        cache_tokens=config.cache.tokens,
         logprobs=logprobs,
         share=share,
     )

@@ -20,6 +20,7 @@ from s1jax.decoding.requests import Request
 from s1jax.decoding.results import Finished
 from s1jax.decoding.sampling import Sampling
 from s1jax.model.load import LoadedModel
+from s1jax.model.paged_attention import PAGE
 
 _SIGMA = 0.8
 """Spread of the logarithm of a length."""
@@ -36,8 +37,10 @@ class Moment:
     """At work."""
     live_tokens: int
     """In the contexts of these rows."""
-    slots: int
-    """Of the cache, in all rows."""
+    used_pages: int
+    """Of the cache, in all rows; of `paged_attention.PAGE` tokens."""
+    pages: int
+    """Of the cache."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,8 @@ def picture(workloads: Sequence[Mapping[str, Any]]) -> bytes:
     curve.set(xlabel="median seconds to the first token", ylabel="tokens/s", xlim=(0, None), ylim=(0, None))
     moments = workloads[-1]["moments"]
     seconds = [moment["seconds"] for moment in moments]
-    for name, label in (("slots", "slots of the cache"), ("live_tokens", "live tokens")):
-        over_time.step(seconds, [moment[name] for moment in moments], where="pre", label=label)
+    for name, size, label in (("used_pages", PAGE, "tokens in used pages"), ("live_tokens", 1, "live tokens")):
+        over_time.step(seconds, [size * moment[name] for moment in moments], where="pre", label=label)
     over_time.set(xlabel="seconds", title=f"{workloads[-1]['batch_size']} rows", ylim=(0, None))
     over_time.legend(frameon=False)
     buffer = io.BytesIO()

@@ -30,7 +30,7 @@ from s1jax.paths import any_path, write_whole
 from s1jax.processes import together
 from s1jax.resume import keep_settings, settings_of
 
-_FREE_TO_CHANGE = ("output_dir", "batch_size", "mesh", "grading_seconds")
+_FREE_TO_CHANGE = ("output_dir", "batch_size", "cache", "mesh", "grading_seconds")
 """Keys that a stopped evaluation may go on with other values of: the results do not depend on them."""
 
 _KEY = ("task", "run", "id", "sample")
@@ -94,7 +94,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
         if job.request.sample == 0
     ]
     same_command(config, hosts, [job.request for job in jobs({})])
-    check_requests(named, setup.profile, setup.context_length)
+    check_requests(named, setup.profile, setup.context_length, config.cache.tokens)
     directory = any_path(config.output_dir)
     with SharedOutput(directory / "samples.jsonl", hosts) as output:
 

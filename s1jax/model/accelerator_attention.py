@@ -1,7 +1,11 @@
-"""Causal attention by the kernels of GPUs and TPUs, over packed rows whose examples do not see each other.
+"""Causal attention by the kernels of GPUs and TPUs: over packed rows whose examples do not see each other, and of one
+token over the pages of a cache.
 
 They take what one device has: `attention` calls them on each shard's own rows and heads.
 """
+
+import inspect
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +14,12 @@ from jaxtyping import Array, Float, Int
 Heads = Float[Array, "batch length heads head_dim"]
 KeyValueHeads = Float[Array, "batch length kv_heads head_dim"]
 
+CachedHeads = Float[Array, "kv_heads pages slots head_dim"]
+
 TPU_BLOCKS = (512, 256, 128)
 """Tokens of a block of TPU's kernel, the first that divides a row."""
+_PAGES_PER_BLOCK = 8
+"""Of TPU's kernel for pages: so many are computed together."""
 
 
 def cudnn_takes_packed_rows() -> bool:
@@ -108,3 +116,71 @@ def splash_attention(
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (query * head_dim**-0.5, key, value))
     axes = (0, 0, 0, None if segment_ids is None else 0)
     return jnp.swapaxes(jax.vmap(row, in_axes=axes)(q, k, v, segment_ids), 1, 2)
+
+
+def cudnn_paged_attention(
+    query: Float[Array, "batch kv_heads queries head_dim"],
+    keys: CachedHeads,
+    values: CachedHeads,
+    table: Int[Array, "batch row_pages"],
+    last: Int[Array, " batch"],
+) -> Float[Array, "batch kv_heads queries head_dim"]:
+    """cuDNN's attention of one token in each row over its tokens 0..last, in half precision."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    batch, heads, queries, head_dim = query.shape
+    pages = keys.shape[1]
+    # Each key/value head is a row of its own, with its own part of all heads' pages: a copy would put heads second.
+    of_head = (table[:, None] + pages * jnp.arange(heads)[:, None]).reshape(batch * heads, 1, -1, 1).astype(jnp.int32)
+    one, none = jnp.ones(batch * heads, jnp.int32), jnp.zeros(0, query.dtype)
+    arguments = {
+        "query": query.reshape(batch * heads, queries, 1, head_dim),
+        "key": keys.reshape(-1, 1, *keys.shape[2:]),
+        "value": values.reshape(-1, 1, *values.shape[2:]),
+        "bias": none,
+        "q_seqlen": one,
+        "kv_seqlen": jnp.repeat(last + 1, heads).astype(jnp.int32),
+        "q_offsets": none,
+        "kv_offsets": none,
+        "page_table_k": of_head,
+        "page_table_v": of_head,
+        "score_mod_args": (),
+        "scale": head_dim**-0.5,
+        "seed": 0,
+        "dropout_rate": 0.0,
+        "variadic_args": (False, False),
+        "mask_type": cudnn.MaskType.PADDING,
+        "layout": cudnn.AttentionLayout.BNTH.value,
+        "sliding_window_length": None,
+        "score_mod": None,
+        "cudnn_version": cudnn.check_cudnn_version(),
+        "return_residual": False,
+    }
+    # Its public function insists on as many pages as the tables of all rows have entries, for which cuDNN has no need.
+    function = cudnn._dot_product_attention
+    return function(*(arguments[name] for name in inspect.signature(function).parameters)).reshape(query.shape)
+
+
+def tpu_paged_attention(
+    query: Float[Array, "batch kv_heads queries head_dim"],
+    keys: CachedHeads,
+    values: CachedHeads,
+    table: Int[Array, "batch row_pages"],
+    last: Int[Array, " batch"],
+) -> Float[Array, "batch kv_heads queries head_dim"]:
+    """TPU's attention of one token in each row over its tokens 0..last; head_dim is a multiple of 128."""
+    from jax.experimental.pallas import tpu as pltpu
+    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
+
+    batch, heads, queries, head_dim = query.shape
+    # Where a chip's memory has room for a layer's pages, they were brought there whole, and written back at each step.
+    keys, values = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (keys, values))
+    out = paged_attention(
+        query.reshape(batch, heads * queries, head_dim) * head_dim**-0.5,
+        keys,
+        values,
+        last + 1,
+        table,
+        pages_per_compute_block=math.gcd(table.shape[1], _PAGES_PER_BLOCK),
+    )
+    return out.reshape(query.shape)

@@ -26,8 +26,6 @@ from s1jax.model.accelerator_attention import (
 from s1jax.model.block_attention import BLOCK, block_attention
 from s1jax.model.projection import precision_of
 
-CachedHeads = Float[Array, "batch kv_heads slots head_dim"]
-
 _SCORES_PER_CHUNK = 2**26
 """Attention scores that the chunked implementation holds at once: 256 MiB in float32."""
 _SHORT = 1024
@@ -62,30 +60,6 @@ def attention(
         return _sharded(KERNELS[name], query, key, value, segment_ids, segment_lengths)
     chunk = _chunk_length(query) if name == "chunked" else query.shape[1]
     return _in_chunks(query, key, value, segment_ids, chunk)
-
-
-def cached_attention(
-    query: Float[Array, "batch heads head_dim"],
-    keys: CachedHeads,
-    values: CachedHeads,
-    last: Int[Array, " batch"],
-) -> Float[Array, "batch heads head_dim"]:
-    """Attention of one token in each row over the slots 0..last of its cache; softmax in float32."""
-    keys, values = _repeat_for_tensor_axis(keys, 1), _repeat_for_tensor_axis(values, 1)
-    head_dim = query.shape[-1]
-    grouped = query.reshape(query.shape[0], keys.shape[1], -1, head_dim)
-    if cpu_kernel.available(keys.dtype):
-        context = cpu_kernel.attend(grouped.astype(jnp.float32) * head_dim**-0.5, keys, values, last)
-        return context.astype(query.dtype).reshape(query.shape)
-    product = partial(jnp.einsum, precision=precision_of(query), preferred_element_type=jnp.float32)
-    scores = product("bkgd,bksd->bkgs", grouped, keys) * head_dim**-0.5
-    seen = jnp.arange(keys.shape[2]) <= last[:, None, None, None]
-    scores = jnp.where(seen, scores, -jnp.inf)
-    # Divided by their sum only after the product: one pass less over the scores, which are as long as the cache.
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    context = product("bkgs,bksd->bkgd", weights.astype(values.dtype), values)
-    return (context / total).astype(query.dtype).reshape(query.shape)
 
 
 def choose(length: int, dtype: DTypeLike, *, packed: bool, lengths_known: bool) -> Implementation:

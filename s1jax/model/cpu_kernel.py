@@ -46,15 +46,16 @@ def multiply(x: Float[Array, "rows inputs"], weight: Float[Array, "outputs input
 
 def attend(
     query: Float[Array, "batch kv_heads queries head_dim"],
-    keys: Float[Array, "batch kv_heads slots head_dim"],
-    values: Float[Array, "batch kv_heads slots head_dim"],
+    keys: Float[Array, "kv_heads pages slots head_dim"],
+    values: Float[Array, "kv_heads pages slots head_dim"],
+    table: Int[Array, "batch row_pages"],
     last: Int[Array, " batch"],
 ) -> Float[Array, "batch kv_heads queries head_dim"]:
-    """Softmax attention of each row's queries over the slots 0..last of its cache; the others are not even read.
+    """Softmax attention of each row's queries over its tokens 0..last; pages of the table after them are not even read.
 
-    Float32, as the query is, which is scaled already; the cache has a dtype that is `available`. No gradients.
+    Float32, as the query is, which is scaled already; the pages have a dtype that is `available`. No gradients.
     """
-    return _call("s1jax_attend", query.shape, query, keys, values, last.astype(jnp.int32))
+    return _call("s1jax_attend", query.shape, query, keys, values, table.astype(jnp.int32), last.astype(jnp.int32))
 
 
 def matmul(

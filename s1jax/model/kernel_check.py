@@ -3,10 +3,10 @@
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from jax.typing import DTypeLike
 from s1jax.compilation_cache import user_cache
 from s1jax.config import Implementation
 from s1jax.model.attention import KERNELS, attention, choose
+from s1jax.model.paged_attention import KERNELS as PAGED_KERNELS
+from s1jax.model.paged_attention import PAGE, LayerCache, choose_paged, num_pages, paged_attention
 from s1jax.model.qwen import Qwen
 from s1jax.paths import write_whole
 from s1jax.strict_json import parse_json
@@ -27,6 +29,8 @@ rounding alone makes of it. A score too many or too few makes ten times more."""
 _LENGTHS = ((300, 1, 83), (512,), (), (2, 3, 5, 7, 128))
 """Examples of the rows that are tried: with padding, full, empty, short."""
 _ROW_LENGTH = 512
+_PAGED_LENGTHS = (1, 63, 64, 65, 300, 1000, 129, 640)
+"""Tokens of the rows that are tried."""
 
 
 class HeadSizes(NamedTuple):
@@ -82,6 +86,37 @@ def attention_errors(
     return {name: _distance(jnp.where(real, ours[name], 0), jnp.where(real, right[name], 0)) for name in ours}
 
 
+def paged_error(
+    implementation: Implementation, sizes: HeadSizes, dtype: DTypeLike, lengths: Sequence[int] = _PAGED_LENGTHS
+) -> float:
+    """How far an implementation is from gathering the pages, in float32, with rows that hold so many tokens.
+
+    As `attention_errors` of the output; also infinite if the device refuses to run it.
+    """
+    rng = np.random.default_rng(0)
+    pages = sum(map(num_pages, lengths))
+    # Fewer pages than the table has entries, in no order, as rows of an engine have them.
+    free = iter(rng.permutation(np.arange(1, pages + 1)))
+    table = np.zeros((len(lengths), 2 * num_pages(max(lengths))), np.int32)
+    for row, length in zip(table, lengths, strict=True):
+        row[: num_pages(length)] = [next(free) for _ in range(num_pages(length))]
+    shape = (sizes.kv_heads, pages + 1, PAGE, sizes.head_dim)
+    keys = jax.random.split(jax.random.key(0), 3)
+    query = jax.random.normal(keys[0], (len(lengths), sizes.heads, sizes.head_dim), dtype)
+    cache = LayerCache(*(jax.random.normal(key, shape, dtype) for key in keys[1:]))
+    last = jnp.asarray(lengths, jnp.int32) - 1
+
+    def run(query: jax.Array, cache: LayerCache, name: Implementation) -> jax.Array:
+        return jax.jit(partial(paged_attention, implementation=name))(query, cache, jnp.asarray(table), last)
+
+    right = run(query.astype(jnp.float32), jax.tree.map(lambda x: x.astype(jnp.float32), cache), "plain")
+    try:
+        return _distance(run(query, cache, implementation), right)
+    except (RuntimeError, NotImplementedError) as error:
+        print(f"attention over pages: {implementation}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return math.inf
+
+
 def _distance(ours: jax.Array, right: jax.Array) -> float:
     distance = float(jnp.linalg.norm(ours.astype(jnp.float32) - right) / jnp.linalg.norm(right))
     return distance if math.isfinite(distance) else math.inf
@@ -95,7 +130,9 @@ def checked(model: Qwen, *, gradients: bool) -> Qwen:
     name = model.attention
     if name == "auto":
         name = choose(_ROW_LENGTH, model.dtype, packed=gradients, lengths_known=True)
-    worst = _error(model, name, gradients) if name in KERNELS else 0.0
+    paged = name if model.attention != "auto" else choose_paged(model.dtype, model.config.head_dim)
+    kernels = (KERNELS.get(name), None if gradients else PAGED_KERNELS.get(paged))
+    worst = _error(model, name, gradients, kernels) if any(kernels) else 0.0
     tolerance = TOLERANCES[jnp.dtype(model.dtype).name]
     if worst <= tolerance:
         return model
@@ -107,13 +144,14 @@ def checked(model: Qwen, *, gradients: bool) -> Qwen:
     return replace(model, attention="chunked")
 
 
-def _error(model: Qwen, name: Implementation, gradients: bool) -> float:
-    """The largest of the kernel's errors, looked up or found out."""
+def _error(model: Qwen, name: Implementation, gradients: bool, kernels: tuple[Callable[..., Any] | None, ...]) -> float:
+    """The largest of the errors of what this name has for packed rows and for pages, looked up or found out."""
     sizes = HeadSizes(model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim)
     dtype = jnp.dtype(model.dtype).name
     device = jax.local_devices()[0]
     versions = (jax.__version__, jaxlib.__version__, device.client.platform_version)
-    key = repr((name, tuple(sizes), dtype, gradients, KERNELS[name].__qualname__, device.device_kind, *versions))
+    functions = [kernel and kernel.__qualname__ for kernel in kernels]
+    key = repr((name, tuple(sizes), dtype, gradients, functions, device.device_kind, *versions))
     path = user_cache().parent / "kernels.json"
     try:
         known = dict(parse_json(path.read_bytes()))
@@ -122,7 +160,9 @@ def _error(model: Qwen, name: Implementation, gradients: bool) -> float:
     if not isinstance(known.get(key), float):
         # One key/value head with its queries: kernels treat all of them alike.
         one = HeadSizes(sizes.heads // sizes.kv_heads * 2, 2, sizes.head_dim)
-        error = max(attention_errors(name, one, dtype, packed=gradients, gradients=gradients).values())
+        of_rows, of_pages = kernels
+        errors = attention_errors(name, one, dtype, packed=gradients, gradients=gradients) if of_rows else {}
+        error = max(*errors.values(), paged_error(name, one, dtype) if of_pages else 0.0, 0.0)
         known[key] = error
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,9 +19,19 @@ from jaxtyping import Array, Float, Int
 
 from s1jax.config import Implementation, Remat
 from s1jax.mesh import Axes, constrain, named_sharding
-from s1jax.model.attention import CachedHeads, KeyValueHeads, attention, cached_attention
+from s1jax.model.attention import attention
 from s1jax.model.config import QwenConfig
 from s1jax.model.gates_and_norms import gated, normalised
+from s1jax.model.paged_attention import (
+    CACHE_AXES,
+    PAGE,
+    KVCache,
+    LayerCache,
+    PageTable,
+    cached_heads,
+    paged_attention,
+    write,
+)
 from s1jax.model.projection import is_product, look_up, project
 from s1jax.model.rope import rope_frequencies, rope_rotations, rotate
 
@@ -41,21 +51,6 @@ _REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
         offload_dst="pinned_host",
     ),
 }
-
-
-class LayerCache(NamedTuple):
-    """One layer's keys and values; slot s of a row holds its token at position s.
-
-    Heads come before slots, as the products over them want it: with slots first, GPUs copy the cache for each product.
-    """
-
-    keys: CachedHeads
-    values: CachedHeads
-
-
-KVCache = tuple[LayerCache, ...]
-"""The caches of all layers, one array each: reading a slice of a stack costs a copy on every platform."""
-CACHE_AXES = ("batch", "kv_heads", "slots", "head_dim")
 
 
 class _Weights(NamedTuple):
@@ -143,9 +138,13 @@ class Attention(nnx.Module):
         key = rotate(key, inputs.rotations)
         query, key, value = (checkpoint_name(x, "heads") for x in (query, key, value))
         if cache is not None:
-            cache = _write(cache, key, value, inputs.positions)
+            assert inputs.page_table is not None
+            cache = write(cache, key, value, inputs.page_table, inputs.positions)
         if cache is not None and x.shape[1] == 1:
-            context = cached_attention(query[:, 0], *cache, inputs.positions[:, 0])[:, None]
+            assert inputs.page_table is not None
+            context = paged_attention(
+                query[:, 0], cache, inputs.page_table, inputs.positions[:, 0], implementation=self.implementation
+            )[:, None]
         else:
             context = attention(
                 query,
@@ -156,21 +155,6 @@ class Attention(nnx.Module):
                 implementation=self.implementation,
             )
         return project(context, self.output[...], inputs=2, outputs_first=self.outputs_first), cache
-
-
-def _write(
-    cache: LayerCache, key: KeyValueHeads, value: KeyValueHeads, positions: Int[Array, "batch length"]
-) -> LayerCache:
-    """The cache with one token in each row's slot, or with several from slot 0 on."""
-
-    def put(slots: CachedHeads, new: KeyValueHeads) -> CachedHeads:
-        if new.shape[1] == 1:
-            slots = slots.at[jnp.arange(new.shape[0]), :, positions[:, 0]].set(new[:, 0])
-        else:
-            slots = jax.lax.dynamic_update_slice_in_dim(slots, new.swapaxes(1, 2), 0, 2)
-        return constrain(slots, *CACHE_AXES)
-
-    return LayerCache(put(cache.keys, key), put(cache.values, value))
 
 
 class MLP(nnx.Module):
@@ -198,6 +182,7 @@ class _Inputs(NamedTuple):
     positions: Int[Array, "batch length"]
     segment_ids: Int[Array, "batch length"] | None
     segment_lengths: Int[Array, "batch segments"] | None
+    page_table: PageTable | None
 
 
 class DecoderLayer(nnx.Module):
@@ -305,10 +290,11 @@ class Qwen:
 
         return jax.jit(make, out_shardings=shardings if mesh else None)(key)
 
-    def init_cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache for `batch` rows of up to `slots` tokens, rows and heads spread over the mesh in use."""
+    def init_cache(self, pages: int) -> KVCache:
+        """An empty cache of so many pages, those and heads spread over the mesh in use."""
         config = self.config
-        shape = (batch, config.num_key_value_heads, slots, config.head_dim)
+        tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+        shape = (cached_heads(config.num_key_value_heads, tensor), pages, PAGE, config.head_dim)
 
         def empty() -> Array:
             return constrain(jnp.zeros(shape, self.dtype), *CACHE_AXES)
@@ -323,19 +309,20 @@ class Qwen:
         segment_ids: Int[Array, "batch length"] | None = None,
         cache: KVCache | None = None,
         *,
+        page_table: PageTable | None = None,
         segment_lengths: Int[Array, "batch segments"] | None = None,
     ) -> tuple[Hidden, KVCache | None]:
         """Run the layers; returns the normalised hidden states, and the cache with these tokens written.
 
-        `positions` are the rotary positions, and the slots that tokens are written to. With a cache, `params` are
-        unrolled, and there is one token for each row, which sees the slots up to its own, or several, which begin an
-        empty cache at slot 0. `segment_ids` (0 = padding) keep packed examples apart, `segment_lengths` tell GPU's
-        attention how long each is; not with a cache.
+        `positions` are the rotary positions, and the places in its pages (`page_table`) that a row's tokens are written
+        to. With a cache, `params` are unrolled, and there is one token for each row, which sees those up to itself, or
+        several, with which each row begins. `segment_ids` (0 = padding) keep packed examples apart, `segment_lengths`
+        tell GPU's attention how long each is; not with a cache.
         Unrolled `params` (`abstract_params(stacked=False)`) run layer by layer, stacked ones are scanned.
         """
         if cache is not None and ("attention" in params["layers"] or segment_ids is not None):
             raise ValueError("a cache needs parameters that are unrolled, and has no segments")
-        decoder, x, inputs = self._begin(params, input_ids, positions, segment_ids, segment_lengths)
+        decoder, x, inputs = self._begin(params, input_ids, positions, segment_ids, segment_lengths, page_table)
         if "attention" in params["layers"]:
             return decoder.norm(self._scan(decoder.layers, x, inputs)), None
         x, cache = self._unroll(decoder.layers, x, inputs, cache)
@@ -345,7 +332,7 @@ class Qwen:
         self, params: Params, input_ids: Int[Array, "batch length"], positions: Int[Array, "batch length"]
     ) -> list[Hidden]:
         """What goes into each layer, and what comes out of the last; `params` are unrolled."""
-        decoder, x, inputs = self._begin(params, input_ids, positions, None, None)
+        decoder, x, inputs = self._begin(params, input_ids, positions)
         states = [x]
         for layer in decoder.layers:
             states.append(layer(states[-1], inputs)[0])
@@ -356,8 +343,9 @@ class Qwen:
         params: Params,
         input_ids: Int[Array, "batch length"],
         positions: Int[Array, "batch length"],
-        segment_ids: Int[Array, "batch length"] | None,
-        segment_lengths: Int[Array, "batch segments"] | None,
+        segment_ids: Int[Array, "batch length"] | None = None,
+        segment_lengths: Int[Array, "batch segments"] | None = None,
+        page_table: PageTable | None = None,
     ) -> tuple[Decoder, Hidden, _Inputs]:
         """The modules with these parameters, the embeddings, and what all layers are given."""
         stacked = "attention" in params["layers"]
@@ -366,7 +354,7 @@ class Qwen:
         frequencies, magnitude = rope_frequencies(self.config)
         rotations = rope_rotations(positions, frequencies, magnitude)
         rotations = jax.tree.map(lambda r: constrain(r, "batch", "length", *[None] * (r.ndim - 2)), rotations)
-        return decoder, x, _Inputs(rotations, positions, segment_ids, segment_lengths)
+        return decoder, x, _Inputs(rotations, positions, segment_ids, segment_lengths, page_table)
 
     def _scan(self, layers: DecoderLayer, x: Hidden, inputs: _Inputs) -> Hidden:
         graphdef, stack = nnx.split(layers)

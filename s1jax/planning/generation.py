@@ -14,14 +14,16 @@ from jax.sharding import Mesh
 from s1jax.compiling import temporaries
 from s1jax.config import GenerateConfig
 from s1jax.decoding.budget import RowParams, RowState, Tables
-from s1jax.decoding.engine import STEPS_PER_CHUNK, bucket
+from s1jax.decoding.cache import bucket
+from s1jax.decoding.engine import STEPS_PER_CHUNK
 from s1jax.decoding.loop import Rows, Shared, decode_chunk
 from s1jax.decoding.setup import sampling_of
 from s1jax.device_memory import GIB
 from s1jax.mesh import batch_shards, device_bytes, make_mesh, named_sharding
 from s1jax.model.load import build_model
+from s1jax.model.paged_attention import CACHE_AXES, PAGE, KVCache, LayerCache, cached_heads, num_pages
 from s1jax.model.placement import Machine, decoding_mesh_sizes
-from s1jax.model.qwen import CACHE_AXES, KVCache, LayerCache, Qwen
+from s1jax.model.qwen import Qwen
 from s1jax.paths import any_path, write_whole
 from s1jax.planning.cli import DOES_NOT_FIT
 from s1jax.planning.estimate import (
@@ -155,7 +157,9 @@ def plan_generation(config: GenerateConfig, target: Target, devices: Sequence[ja
     context = architecture.max_position_embeddings
     rows = config.batch_size + -config.batch_size % batch_shards(mesh)
     slots = bucket(min(config.max_total_tokens or context, context), context)
-    params, cache = model.abstract_params(mesh, stacked=False), _abstract_cache(model, mesh, rows, slots)
+    pages = num_pages(slots)
+    params = model.abstract_params(mesh, stacked=False)
+    cache = _abstract_cache(model, mesh, batch_shards(mesh) + rows * pages)
     loop: Any = decode_chunk
     with jax.set_mesh(mesh):
         lowered = loop.lower(
@@ -166,6 +170,7 @@ def plan_generation(config: GenerateConfig, target: Target, devices: Sequence[ja
             params,
             _abstract_shared(architecture.vocab_size),
             cache,
+            jax.ShapeDtypeStruct((rows, pages), jnp.int32),
             _abstract_rows(rows),
         )
         compiled = compile_for(target, lowered, f"{rows} rows x {slots}")
@@ -203,9 +208,9 @@ def plan_generation(config: GenerateConfig, target: Target, devices: Sequence[ja
     )
 
 
-def _abstract_cache(model: Qwen, mesh: Mesh, rows: int, slots: int) -> KVCache:
+def _abstract_cache(model: Qwen, mesh: Mesh, pages: int) -> KVCache:
     config = model.config
-    shape = (rows, config.num_key_value_heads, slots, config.head_dim)
+    shape = (cached_heads(config.num_key_value_heads, mesh.shape["tensor"]), pages, PAGE, config.head_dim)
     leaf: Any = jax.ShapeDtypeStruct(shape, model.dtype, sharding=named_sharding(mesh, CACHE_AXES, shape))
     return (LayerCache(leaf, leaf),) * config.num_hidden_layers
 

@@ -21,11 +21,13 @@ import s1jax
 from s1jax.decoding import loop
 from s1jax.decoding.budget import ThinkingBudget
 from s1jax.decoding.engine import STEPS_PER_CHUNK, Engine
+from s1jax.decoding.pages import full_table
 from s1jax.decoding.profiles import load_profile, prepare_prompt, tokenize_profile
 from s1jax.decoding.requests import Request, problem_of
 from s1jax.decoding.results import Finished, Generation
 from s1jax.decoding.sampling import Sampling
 from s1jax.model.load import LoadedModel
+from s1jax.model.paged_attention import num_pages
 from tests.decoding.conftest import CONTEXT, ROOT, command, environment, run
 from tests.processes import wait_until
 from tests.reference import budget as reference
@@ -156,10 +158,11 @@ def test_nothing_goes_to_the_host_within_a_chunk_and_the_cache_is_not_copied(loa
     engine = Engine(loaded, loaded.tokenizer, profile_ids(loaded, "s1"), Sampling())
     requests = random_requests(loaded, "s1", 8, seed=2)
     tables, wait_starts = loop_tables(loaded, requests)
-    rows = jax.device_put(engine._start(requests, wait_starts))
+    rows = jax.device_put(engine._start(requests, wait_starts, 8))
     shared = loop.Shared(tables, jnp.ones(384, bool), jnp.array([0], jnp.int32))
-    cache = loop.empty_cache(model, 8, 8192)
-    arguments = (model, Sampling(), STEPS_PER_CHUNK, False, params, shared, cache, rows)
+    table = full_table(1, 8, num_pages(8192))
+    cache = loop.empty_cache(model, 1 + table.size)
+    arguments = (model, Sampling(), STEPS_PER_CHUNK, False, params, shared, cache, jax.device_put(table), rows)
     compiled = loop.decode_chunk.lower(*arguments).compile()
     text = compiled.as_text()
     assert "while" in text
@@ -195,35 +198,15 @@ def test_one_compilation_for_each_bucket_and_none_more_than_said(
             generate(loaded, "s1", requests(seed), batch_size=8, sampling=Sampling(temperature=0.7))
         messages = (re.match(r"Compiling (?:jit\()?(\w+)", record.getMessage()) for record in caplog.records)
         names = Counter(message[1] for message in messages if message)
-        return Counter({name: names[name] for name in ("prefill", "empty_cache", "insert", "grow", "decode_chunk")})
+        return Counter({name: names[name] for name in ("prefill", "empty_cache", "copy_pages", "decode_chunk")})
 
     jax.clear_caches()
     first = compiled(0)
-    # Contexts of up to 128 tokens, then of up to 160: two sizes of the cache, one of prompts.
-    assert first == {"prefill": 1, "empty_cache": 1, "insert": 1, "grow": 1, "decode_chunk": 2}
+    # One size of prompts; all eight rows, then the two quarters in which the last requests end.
+    assert first == {"prefill": 1, "empty_cache": 1, "copy_pages": 0, "decode_chunk": 2}
     engine = Engine(loaded, loaded.tokenizer, ids, Sampling())
     assert first.total() <= engine.compilations(requests(0))
     assert compiled(1).total() == 0
-
-
-def test_a_cache_grows_with_at_most_one_layer_there_twice(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    grow, left = loop.grow, []
-
-    def watched(layer, slots):
-        left.append(sum(not old.is_deleted() for old in jax.tree.leaves(cache)))
-        return grow(layer, slots)
-
-    monkeypatch.setattr(loop, "grow", watched)
-    with jax.set_mesh(loaded.mesh):
-        cache = jax.tree.map(lambda x: x + 1, loop.empty_cache(loaded.model, 8, 64))
-        grown = loop.grow_cache(cache, 96)
-    layers = loaded.model.config.num_hidden_layers
-    assert left == [2 * (layers - i) for i in range(layers)]
-    assert all(old.is_deleted() for old in jax.tree.leaves(cache))
-    for new in jax.tree.leaves(grown):
-        assert new.shape[2] == 96
-        np.testing.assert_array_equal(new[:, :, :64], 1)
-        np.testing.assert_array_equal(new[:, :, 64:], 0)
 
 
 def loop_tables(loaded: LoadedModel, requests: list[Request]):

@@ -12,7 +12,7 @@ from s1jax.data.packing import StepPlan, build_batch
 from s1jax.model import attention as module
 from s1jax.model import block_attention
 from s1jax.model.accelerator_attention import lengths_and_offsets
-from s1jax.model.attention import attention, cached_attention
+from s1jax.model.attention import attention
 from tests.reference.attention import reference_attention
 
 
@@ -47,14 +47,6 @@ def test_plain_attention_is_the_formula(length: int, groups: int, segments: bool
     out = attention(query, key, value, segment_ids=segment_ids, implementation="plain")
     expected = reference_attention(query, key, value, None, segment_ids)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_cached_attention_is_the_formula() -> None:
-    query, key, value = arrays(3, 1, 12, 4, 2)
-    last = jnp.array([0, 5, 11])
-    expected = reference_attention(query, key, value, last[:, None], None)
-    out = cached_attention(query[:, 0], key.swapaxes(1, 2), value.swapaxes(1, 2), last)
-    np.testing.assert_allclose(out, expected[:, 0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -59,11 +59,12 @@ def calls() -> Iterator[Call]:
         yield Call("s1jax_matmul", operands, [(rows, outputs)], transpose_a=a, transpose_b=b)
 
         batch, kv_heads, group, slots, size = (int(rng.integers(1, most)) for most in (4, 4, 10, 150, 140))
-        query, cache = (batch, kv_heads, group, size), (batch, kv_heads, slots, size)
-        last = rng.integers(0, slots, batch).astype(np.int32)
-        yield Call(
-            "s1jax_attend", [normal(*query), normal(*cache, half=half), normal(*cache, half=half), last], [query]
-        )
+        pages = int(rng.integers(1, 4))
+        query, cache = (batch, kv_heads, group, size), (kv_heads, batch * pages, slots, size)
+        table = rng.permutation(batch * pages).reshape(batch, pages).astype(np.int32)
+        last = rng.integers(0, pages * slots, batch).astype(np.int32)
+        keys, values = (normal(*cache, half=half) for _ in range(2))
+        yield Call("s1jax_attend", [normal(*query), keys, values, table, last], [query])
 
         query, key = (batch, slots, kv_heads * group, size), (batch, slots, kv_heads, size)
         segments = np.sort(rng.integers(0, 4, (batch, slots)).astype(np.int32))

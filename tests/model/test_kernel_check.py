@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import pytest
 
 from s1jax.model import attention as module
+from s1jax.model import paged_attention as paged_module
 from s1jax.model.block_attention import block_attention
 from s1jax.model.config import QwenConfig
 from s1jax.model.kernel_check import checked
+from s1jax.model.paged_attention import _gathered
 from s1jax.model.qwen import Qwen
 from tests.tiny import QWEN2
 
@@ -53,3 +55,30 @@ def test_a_wrong_kernel_is_said_and_not_used(
     assert "blocks is not used" in line
     assert "chunked attention is used instead" in line
     assert checked(model, gradients=True).attention == "chunked"
+
+
+def skips_a_page(query, cache, table, last):
+    return _gathered(query, cache, table.at[:, 1].set(table[:, 0]), last)
+
+
+def sees_one_more(query, cache, table, last):
+    return _gathered(query, cache, table, last + 1)
+
+
+def refuses(query, cache, table, last):
+    raise NotImplementedError("not on this device")
+
+
+@pytest.mark.parametrize("wrong", [skips_a_page, sees_one_more, refuses])
+def test_a_wrong_kernel_for_pages_is_not_used_for_decoding(
+    model: Qwen, wrong: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(paged_module.KERNELS, "blocks", wrong)
+    assert checked(model, gradients=True) == model
+    assert checked(model, gradients=False).attention == "chunked"
+    assert "blocks is not used" in capsys.readouterr().err
+
+
+def test_a_right_kernel_for_pages_is_used(model: Qwen, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(paged_module.KERNELS, "blocks", _gathered)
+    assert checked(model, gradients=False) == model

@@ -94,24 +94,31 @@ def test_the_numbers_of_a_row_do_not_depend_on_the_rows_beside_it(dtype: type) -
     batch=st.integers(1, 3),
     kv_heads=st.integers(1, 3),
     queries=st.integers(1, 17),
-    slots=st.integers(1, 300),
+    pages=st.integers(1, 6),
+    slots=st.integers(1, 70),
     head_dim=st.integers(1, 140),
     half=st.booleans(),
     scale=st.sampled_from([0.01, 1.0, 30.0]),
     seed=st.integers(0, 9),
 )
 def test_the_kernel_attends_over_the_slots_up_to_the_last(
-    batch: int, kv_heads: int, queries: int, slots: int, head_dim: int, half: bool, scale: float, seed: int
+    batch: int, kv_heads: int, queries: int, pages: int, slots: int, head_dim: int, half: bool, scale: float, seed: int
 ) -> None:
     dtype = jnp.bfloat16 if half else jnp.float32
     rng = np.random.default_rng(seed)
     query = jnp.asarray(rng.normal(size=(batch, kv_heads, queries, head_dim)) * scale / head_dim**0.5, jnp.float32)
-    keys, values = (rng.normal(size=(batch, kv_heads, slots, head_dim)) for _ in range(2))
-    last = rng.integers(0, slots, batch)
+    keys, values = (rng.normal(size=(batch, kv_heads, pages * slots, head_dim)) for _ in range(2))
+    last = rng.integers(0, pages * slots, batch)
     for row in range(batch):  # What lies behind the last one is never read.
         keys[row, :, last[row] + 1 :] = values[row, :, last[row] + 1 :] = np.nan
     keys, values = jnp.asarray(keys, dtype), jnp.asarray(values, dtype)
-    context = cpu_kernel.attend(query, keys, values, jnp.asarray(last))
+    table = rng.permutation(batch * pages).reshape(batch, pages)
+
+    def in_pages(x: jax.Array) -> jax.Array:
+        of_rows = x.reshape(batch, kv_heads, pages, slots, head_dim).swapaxes(0, 1)
+        return jnp.zeros((kv_heads, batch * pages, slots, head_dim), dtype).at[:, table].set(of_rows)
+
+    context = cpu_kernel.attend(query, in_pages(keys), in_pages(values), jnp.asarray(table), jnp.asarray(last))
     for row in range(batch):
         seen = slice(0, last[row] + 1)
         scores = np.einsum(

@@ -146,10 +146,13 @@ def test_a_cache_filled_in_pieces_gives_the_same_hidden_states(one_device) -> No
     whole, _ = model.hidden_states(params, jnp.asarray(input_ids), jnp.tile(jnp.arange(20), (3, 1)))
     starts = np.array([4, 9, 12])
     unrolled = model.unstack(params)
-    step = jax.jit(lambda ids, positions, cache: model.hidden_states(unrolled, ids, positions, cache=cache))
+    table = jnp.array([[3], [1], [2]])
+    step = jax.jit(
+        lambda ids, positions, cache: model.hidden_states(unrolled, ids, positions, cache=cache, page_table=table)
+    )
     # The shorter rows' padding is written too, and overwritten token by token.
     prompts = np.where(np.arange(12) < starts[:, None], input_ids[:, :12], 0)
-    hidden, cache = step(prompts, np.tile(np.arange(12), (3, 1)), model.init_cache(3, 24))
+    hidden, cache = step(prompts, np.tile(np.arange(12), (3, 1)), model.init_cache(4))
     for row, start in enumerate(starts):
         np.testing.assert_allclose(hidden[row, :start], whole[row, :start], rtol=0, atol=1e-5)
     for offset in range(8):
@@ -163,7 +166,7 @@ def test_a_cache_takes_unrolled_parameters_only(one_device) -> None:
     model = build(name)
     ids = jnp.zeros((1, 4), jnp.int32)
     with pytest.raises(ValueError, match="parameters that are unrolled"):
-        model.hidden_states(params, ids, ids, cache=model.init_cache(1, 8))
+        model.hidden_states(params, ids, ids, cache=model.init_cache(2))
 
 
 def test_chunked_logprobs_equal_the_log_softmax_of_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,39 +107,65 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::AnyBuf
   });
 }
 
+// What one row sees of a cache for one head: `seen` tokens, `slots` in each of the pages that the table lists.
+template <class V>
+struct Seen {
+  const V* pages;
+  const int32_t* table;
+  int64_t seen, slots, size;
+
+  // Calls `visit` with each page's first token and how many of them are seen.
+  template <class Visit>
+  void each_page(const Visit& visit) const {
+    for (int64_t begin = 0; begin < seen; begin += slots)
+      visit(begin, pages + table[begin / slots] * slots * size, std::min(slots, seen - begin));
+  }
+};
+
 // y[q] = sum_s weights[q, s] * values[s] for some queries, kAtOnce at most.
 constexpr int64_t kAtOnce = 8;
 
 template <class V>
-void weigh(const float* weights, const V* values, int64_t slots, int64_t size, int64_t queries, float* y) {
-  for (int64_t d = 0; d < size; d += kVector) {
+void weigh(const float* weights, const Seen<V>& values, int64_t queries, float* y) {
+  for (int64_t d = 0; d < values.size; d += kVector) {
     Floats sums[kAtOnce] = {};
-    const float* of_query[kAtOnce];
-    for (int64_t q = 0; q < kAtOnce; q++) of_query[q] = weights + std::min(q, queries - 1) * slots;
-    for (int64_t s = 0; s < slots; s++) {
-      const Floats value = load(values + s * size + d, size - d);
-      for (int q = 0; q < kAtOnce; q++) sums[q] = S1JAX_FMA(all(of_query[q][s]), value, sums[q]);
-    }
-    for (int q = 0; q < kAtOnce && q < queries; q++) store(y + q * size + d, sums[q], size - d);
+    const int64_t lanes = values.size - d;
+    values.each_page([&](int64_t begin, const V* page, int64_t count) {
+      const float* of_query[kAtOnce];
+      for (int64_t q = 0; q < kAtOnce; q++) of_query[q] = weights + std::min(q, queries - 1) * values.seen + begin;
+      for (int64_t s = 0; s < count; s++) {
+        const Floats value = load(page + s * values.size + d, lanes);
+        for (int q = 0; q < kAtOnce; q++) sums[q] = S1JAX_FMA(all(of_query[q][s]), value, sums[q]);
+      }
+    });
+    for (int q = 0; q < kAtOnce && q < queries; q++) store(y + q * values.size + d, sums[q], lanes);
   }
 }
 
-// Softmax attention of each row's queries, (rows, kv_heads, queries, head_dim) and scaled already, over the slots 0..last
-// of its cache, (rows, kv_heads, slots, head_dim); slots after them are not read.
+// Softmax attention of each row's queries, (rows, kv_heads, queries, head_dim) and scaled already, over its tokens
+// 0..last, which lie in the pages that its table lists, of (kv_heads, pages, slots, head_dim).
 ffi::Error attend(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> query, ffi::AnyBuffer keys, ffi::AnyBuffer values,
-                  ffi::BufferR1<ffi::S32> last, ffi::ResultBufferR4<ffi::F32> context) {
-  const auto shape = query.dimensions();
-  const int64_t heads = shape[1], queries = shape[2], size = shape[3], slots = keys.dimensions()[2];
-  return with_type(keys, [&, x = query.typed_data(), y = context->typed_data(), last = last.typed_data()](auto* key) {
+                  ffi::BufferR2<ffi::S32> table, ffi::BufferR1<ffi::S32> last, ffi::ResultBufferR4<ffi::F32> context) {
+  const auto shape = query.dimensions(), cache = keys.dimensions();
+  const int64_t heads = shape[1], queries = shape[2], size = shape[3], slots = cache[2], width = table.dimensions()[1];
+  const int64_t of_head = cache[1] * slots * size;
+  return with_type(keys, [&, x = query.typed_data(), y = context->typed_data(), of_rows = table.typed_data(),
+                          last = last.typed_data()](auto* key) {
     const auto* value = static_cast<decltype(key)>(values.untyped_data());
     share(pool, shape[0] * heads, [=](int64_t i, int64_t) {
       static thread_local std::vector<float> scores;
-      const int64_t seen = std::min<int64_t>(last[i / heads] + 1, slots), cache = i * slots * size, at = i * queries * size;
+      const int64_t row = i / heads, head = i % heads * of_head, at = i * queries * size;
+      const int64_t seen = std::min<int64_t>(last[row] + 1, width * slots);
+      const Seen<std::remove_cv_t<std::remove_pointer_t<decltype(key)>>> k{key + head, of_rows + row * width, seen, slots, size};
+      auto v = k;
+      v.pages = value + head;
       scores.resize(queries * seen);
-      products(queries, size, seen, x + at, key + cache, scores.data(), seen, 0);
+      k.each_page([&](int64_t begin, auto* page, int64_t count) {
+        products(queries, size, count, x + at, page, scores.data() + begin, seen, 0);
+      });
       for (int64_t q = 0; q < queries; q++) softmax(scores.data() + q * seen, seen, 1);
       for (int64_t q = 0; q < queries; q += kAtOnce)
-        weigh(scores.data() + q * seen, value + cache, seen, size, queries - q, y + at + q * size);
+        weigh(scores.data() + q * seen, v, queries - q, y + at + q * size);
     });
   });
 }

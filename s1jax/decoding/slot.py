@@ -1,0 +1,77 @@
+"""What the host keeps of a request while it is decoded, and the rows of a batch that it fills in."""
+
+import jax
+import numpy as np
+
+from s1jax.decoding.budget import RowState
+from s1jax.decoding.forks import Fork
+from s1jax.decoding.loop import Chunk, Rows
+from s1jax.decoding.requests import Request
+from s1jax.decoding.results import Progress
+
+
+class Slot:
+    """A request with all that was decoded of it."""
+
+    def __init__(self, request: Request, start: Rows, limit: int):
+        self.request = request
+        self.start = start
+        """The row before its first step, or the next one if it was put back; the only row of its batch."""
+        self.limit = limit
+        """The longest that its context can get, in tokens."""
+        self.output_ids: list[int] = []
+        self.forced: list[bool] = []
+        self.logprobs: list[float] = []
+        self.attempts: list[int] = []
+        """Steps at which an end of the thinking was drawn."""
+        self.num_shared_tokens = 0
+        self.age = 0
+        """Requests that came to work before it."""
+
+    @property
+    def context_ids(self) -> tuple[int, ...]:
+        """Prompt and output."""
+        return (*self.request.prompt.prompt_ids, *self.output_ids)
+
+    def take(self, chunk: Chunk, column: int) -> Progress:
+        """Keep what a chunk wrote in this row."""
+        written = chunk.written[:, column]
+        self.attempts += (len(self.output_ids) + np.flatnonzero(chunk.attempts[written, column])).tolist()
+        new_ids = chunk.tokens[written, column].tolist()
+        new_forced = chunk.forced[written, column].tolist()
+        self.output_ids += new_ids
+        self.forced += new_forced
+        self.logprobs += chunk.logprobs[written, column].tolist()
+        return Progress(self.request, new_ids, new_forced)
+
+    def continue_from(self, done: "Slot", at: Fork, ends_in_newline: np.ndarray) -> None:
+        """Begin at the step at which this request parts from another, whose keys and values are in the row's cache."""
+        self.num_shared_tokens = at.step
+        self.output_ids, self.forced = done.output_ids[: at.step], done.forced[: at.step]
+        self.logprobs = done.logprobs[: at.step]
+        self.attempts = [step for step in done.attempts if step < at.step]
+        state = self.start.state
+        state.length[0] += at.step
+        state.num_thinking_tokens[0] += at.step
+        state.num_waits[0] = at.num_waits
+        if at.step > 0:
+            # What is forced while thinking is a wait text, and runs part only after its last token.
+            state.mask_end[0] = self.forced[-1]
+            state.ends_in_newline[0] = ends_in_newline[self.output_ids[-1]]
+            self.start.last_token[0] = self.output_ids[-1]
+
+
+def take_rows(rows: Rows, which: list[int]) -> Rows:
+    """These rows, copied."""
+    return jax.tree.map(lambda values: values[which], rows)
+
+
+def put_rows(rows: Rows, which: list[int], new: Rows) -> None:
+    """Copy the rows of `new` to these places."""
+    for values, of_new in zip(jax.tree.leaves(rows), jax.tree.leaves(new), strict=True):
+        values[which] = of_new
+
+
+def state_of(rows: Rows, row: int) -> RowState:
+    """The state of one row."""
+    return RowState(*(values[row] for values in rows.state))

@@ -1,0 +1,181 @@
+"""Keys and values of past tokens in pages, of which each row has a list, and attention of new tokens over them.
+
+A row is given pages as it grows, so that memory follows what rows hold and not what they could; full pages may be in
+the lists of several rows. Each shard of a batch has pages and page numbers of its own.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from s1jax.config import Implementation
+from s1jax.mesh import LOGICAL_AXES, platform
+from s1jax.model import cpu_kernel
+from s1jax.model.accelerator_attention import KeyValueHeads, cudnn_paged_attention, tpu_paged_attention
+from s1jax.model.projection import precision_of
+
+PAGE = 64
+"""Tokens of a page."""
+UNUSED_PAGE = 0
+"""Belongs to no row: what need not be kept is written there."""
+
+Pages = Float[Array, "kv_heads pages slots head_dim"]
+PageTable = Int[Array, "batch row_pages"]
+"""Of each row, the pages of its tokens in their order, then UNUSED_PAGE."""
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys and values; slot s of the n-th page in a row's list is of its token at position n * PAGE + s.
+
+    Heads come first, as kernels want one head's pages together, and none copies them to have them so.
+    """
+
+    keys: Pages
+    values: Pages
+
+
+KVCache = tuple[LayerCache, ...]
+"""The caches of all layers, one array each: reading a slice of a stack costs a copy on every platform."""
+CACHE_AXES = ("kv_heads", "pages", "slots", "head_dim")
+
+_BATCH, _TENSOR = LOGICAL_AXES["batch"], LOGICAL_AXES["heads"]
+_CACHE, _ROWS = PartitionSpec(_TENSOR, _BATCH), PartitionSpec(_BATCH)
+
+
+def num_pages(tokens: int) -> int:
+    """Pages that so many tokens of a row fill or begin."""
+    return -(-tokens // PAGE)
+
+
+def cached_heads(num_kv_heads: int, tensor: int) -> int:
+    """Heads of a cache: where there are fewer than shards of the tensor axis, each shard has its own copy of one."""
+    return max(num_kv_heads, tensor)
+
+
+def write(
+    cache: LayerCache,
+    key: KeyValueHeads,
+    value: KeyValueHeads,
+    table: PageTable,
+    positions: Int[Array, "batch length"],
+) -> LayerCache:
+    """The cache with one token in each row at its position, or with the first tokens of each row.
+
+    Several tokens begin at position 0; the table has pages for all of them.
+    """
+    heads = cache.keys.shape[0]
+
+    def put(pages: Pages, new: KeyValueHeads, table: PageTable, positions: Array) -> Pages:
+        # Places of all heads are one axis, and the first: by another, TPUs copy the pages to write to them.
+        first = pages.shape[1] * jnp.arange(pages.shape[0])[:, None]
+        if new.shape[1] == 1:
+            page = jnp.take_along_axis(table, positions // PAGE, axis=1)[:, 0]
+            slots = pages.reshape(-1, pages.shape[3])
+            slots = slots.at[(first + page) * PAGE + positions[:, 0] % PAGE].set(new[:, 0].swapaxes(0, 1))
+            return slots.reshape(pages.shape)
+        count = num_pages(new.shape[1])
+        new = jnp.pad(new, [(0, 0), (0, count * PAGE - new.shape[1]), (0, 0), (0, 0)])
+        new = new.reshape(new.shape[0], count, PAGE, *new.shape[2:])
+        of_heads = pages.reshape(-1, *pages.shape[2:])
+        return of_heads.at[first[..., None] + table[:, :count]].set(jnp.moveaxis(new, 3, 0)).reshape(pages.shape)
+
+    new = PartitionSpec(_BATCH, None, _TENSOR)
+    put_all = _on_shards(put, (_CACHE, new, _ROWS, _ROWS), _CACHE)
+    copies = heads // key.shape[2]
+    return LayerCache(
+        *(put_all(p, jnp.repeat(x, copies, axis=2), table, positions) for p, x in zip(cache, (key, value), strict=True))
+    )
+
+
+def copy_page(layer: LayerCache, source: Int[Array, " shards"], target: Int[Array, " shards"]) -> LayerCache:
+    """One page of each shard copied onto another."""
+
+    def copy(pages: Pages, source: Array, target: Array) -> Pages:
+        return pages.at[:, target].set(pages[:, source])
+
+    copy_all = _on_shards(copy, (_CACHE, _ROWS, _ROWS), _CACHE)
+    return LayerCache(*(copy_all(pages, source, target) for pages in layer))
+
+
+def paged_attention(
+    query: Float[Array, "batch heads head_dim"],
+    cache: LayerCache,
+    table: PageTable,
+    last: Int[Array, " batch"],
+    *,
+    implementation: Implementation = "auto",
+) -> Float[Array, "batch heads head_dim"]:
+    """Attention of one token in each row over its tokens 0..last, scaled by 1/sqrt(head_dim); softmax in float32.
+
+    "auto" takes the kernel that reads nothing but those, where there is one (`choose_paged`); any other implementation
+    gathers all pages of the table.
+    """
+    heads, head_dim = cache.keys.shape[0], query.shape[-1]
+    grouped = query.reshape(query.shape[0], heads, -1, head_dim)
+    kernel = KERNELS.get(choose_paged(query.dtype, head_dim) if implementation == "auto" else implementation, _gathered)
+    attend = _on_shards(
+        lambda query, *rest: kernel(query, LayerCache(*rest[:2]), *rest[2:]),
+        (PartitionSpec(_BATCH, _TENSOR), _CACHE, _CACHE, _ROWS, _ROWS),
+        PartitionSpec(_BATCH, _TENSOR),
+    )
+    return attend(grouped, *cache, table, last).astype(query.dtype).reshape(query.shape)
+
+
+def choose_paged(dtype: DTypeLike, head_dim: int) -> Implementation:
+    """What "auto" takes on the platform compiled for; "plain" gathers."""
+    if cpu_kernel.available(dtype):
+        return "kernel"
+    # The accelerators' kernels multiply float32 in less than float32.
+    if dtype != jnp.float32:
+        if platform() in ("gpu", "cuda"):
+            return "cudnn"
+        if platform() == "tpu" and head_dim % 128 == 0:
+            return "splash"
+    return "plain"
+
+
+def _on_shards(function: Callable[..., Any], in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec) -> Any:
+    """The function on each device's own rows, heads and pages, whose numbers mean nothing elsewhere."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _gathered(
+    query: Float[Array, "batch kv_heads queries head_dim"], cache: LayerCache, table: PageTable, last: Array
+) -> Float[Array, "batch kv_heads queries head_dim"]:
+    """The formula, over a copy of the pages."""
+    head_dim = query.shape[-1]
+    # (heads, rows, pages, slots, head_dim) to (rows, heads, slots of all pages, head_dim)
+    keys, values = (x[:, table].swapaxes(0, 1).reshape(*table.shape[:1], x.shape[0], -1, head_dim) for x in cache)
+    product = partial(jnp.einsum, precision=precision_of(query), preferred_element_type=jnp.float32)
+    scores = product("bkgd,bksd->bkgs", query, keys) * head_dim**-0.5
+    seen = jnp.arange(keys.shape[2]) <= last[:, None, None, None]
+    scores = jnp.where(seen, scores, -jnp.inf)
+    # Divided by their sum only after the product: one pass less over the scores, which are as long as the rows.
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    context = product("bkgs,bksd->bkgd", weights.astype(values.dtype), values)
+    return context / total
+
+
+def _kernel(query: Array, cache: LayerCache, table: PageTable, last: Array) -> Array:
+    scaled = query.astype(jnp.float32) * query.shape[-1] ** -0.5
+    return cpu_kernel.attend(scaled, *cache, table, last)
+
+
+def _cudnn(query: Array, cache: LayerCache, table: PageTable, last: Array) -> Array:
+    return cudnn_paged_attention(query, *cache, table, last)
+
+
+def _tpu(query: Array, cache: LayerCache, table: PageTable, last: Array) -> Array:
+    return tpu_paged_attention(query, *cache, table, last)
+
+
+KERNELS: dict[str, Callable[..., Array]] = {"kernel": _kernel, "cudnn": _cudnn, "splash": _tpu}

@@ -1,0 +1,97 @@
+"""Writing to pages and attending over them, by every implementation, against the formula over what rows hold."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+
+from s1jax.mesh import batch_shards, make_mesh
+from s1jax.model import cpu_kernel
+from s1jax.model.paged_attention import PAGE, LayerCache, cached_heads, num_pages, paged_attention, write
+from tests.reference.attention import reference_attention
+
+
+def filled(rng, mesh, lengths: list[int], shape: tuple[int, int, int], dtype=jnp.float32):
+    """Queries, keys and values of rows of these lengths, and a cache that they were written to, page by random page."""
+    heads, kv_heads, head_dim = shape
+    batch, longest = len(lengths), max(lengths)
+    query = rng.normal(size=(batch, 1, heads, head_dim))
+    key, value = (jnp.asarray(rng.normal(size=(batch, longest, kv_heads, head_dim)), dtype) for _ in range(2))
+    shards, width = batch_shards(mesh), num_pages(longest) + 1
+    per_shard = batch // shards
+    table = np.zeros((batch, width), np.int32)
+    for shard in range(shards):
+        free = iter(rng.permutation(np.arange(1, per_shard * width + 1)))
+        for row in range(shard * per_shard, (shard + 1) * per_shard):
+            for page in range(num_pages(lengths[row])):
+                table[row, page] = next(free)
+    # Nothing that no row has is ever looked at.
+    pages = (cached_heads(kv_heads, mesh.shape["tensor"]), shards * (per_shard * width + 1), PAGE, head_dim)
+    cache = LayerCache(jnp.full(pages, jnp.nan, dtype), jnp.full(pages, jnp.nan, dtype))
+    # Several tokens first, and what is left one at a time.
+    begun = min(lengths) // 2 + 1
+    last = np.asarray(lengths) - 1
+    with jax.set_mesh(mesh):
+        positions = np.tile(np.arange(begun), (batch, 1))
+        if begun > 1:
+            cache = jax.jit(write)(cache, key[:, :begun], value[:, :begun], table, positions)
+        one = jax.jit(write)
+        for position in range(0 if begun == 1 else begun, longest):
+            at = np.minimum(position, last)
+            rows = np.arange(batch)
+            cache = one(cache, key[rows, at][:, None], value[rows, at][:, None], table, at[:, None])
+    return jnp.asarray(query, dtype), key, value, cache, jnp.asarray(table), jnp.asarray(last, jnp.int32)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=12)
+@given(
+    lengths=st.lists(st.integers(1, 3 * PAGE), min_size=1, max_size=3),
+    implementation=st.sampled_from(["kernel", "plain"]),
+    groups=st.sampled_from([1, 2, 7]),
+    seed=st.integers(0, 9),
+)
+def test_a_token_sees_what_its_row_has_written(lengths, implementation, groups: int, seed: int) -> None:
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+    if implementation == "kernel":
+        with jax.set_mesh(mesh):
+            assert cpu_kernel.available(jnp.float32)
+    query, key, value, cache, table, last = filled(np.random.default_rng(seed), mesh, lengths, (2 * groups, 2, 16))
+    expected = reference_attention(query, key, value, last[:, None], None)[:, 0]
+    if implementation == "plain":  # It gathers whole pages, and multiplies what is behind the last token by zero.
+        cache = jax.tree.map(jnp.nan_to_num, cache)
+    with jax.set_mesh(mesh):
+        out = jax.jit(paged_attention, static_argnames="implementation")(
+            query[:, 0], cache, table, last, implementation=implementation
+        )
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(2, 2, 2), (2, 1, 4), (1, 4, 1)])
+def test_each_shard_has_pages_of_its_own_and_heads_are_repeated_where_there_are_few(
+    data: int, fsdp: int, tensor: int
+) -> None:
+    mesh = make_mesh(data, fsdp, tensor, jax.devices()[: data * fsdp * tensor])
+    lengths = [5, 70, 64, 65, 1, 130, 20, 66]
+    query, key, value, cache, table, last = filled(np.random.default_rng(0), mesh, lengths, (8, 2, 16))
+    cache = jax.tree.map(jnp.nan_to_num, cache)
+    with jax.set_mesh(mesh):
+        out = jax.jit(paged_attention)(query[:, 0], cache, table, last)
+    expected = reference_attention(query, key, value, last[:, None], None)[:, 0]
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_kernel_of_tpus_computes_the_formula() -> None:
+    """Interpreted."""
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+    lengths = [5, 70, 64, 130]
+    query, key, value, cache, table, last = filled(np.random.default_rng(0), mesh, lengths, (4, 2, 128), jnp.bfloat16)
+    cache = jax.tree.map(jnp.nan_to_num, cache)
+    with pltpu.force_tpu_interpret_mode():
+        splash = jax.jit(paged_attention, static_argnames="implementation")
+        out = splash(query[:, 0], cache, table, last, implementation="splash")
+    expected = reference_attention(query, key, value, last[:, None], None)[:, 0]
+    np.testing.assert_allclose(np.asarray(out, np.float32), expected, rtol=2e-2, atol=2e-2)
