@@ -16,6 +16,8 @@ MODES: dict[str, tuple[type[Any], str]] = {
     "benchmark": (BenchmarkConfig, "s1jax.decoding.benchmark"),
 }
 """Of each mode, its configuration and the module whose function of the mode's name takes it."""
+PLANS = {"generate": "s1jax.planning.generation", "evaluate": "s1jax.planning.evaluation"}
+"""Of modes that may be planned, the module whose function `plan` does."""
 
 
 def main(words: list[str]) -> int:
@@ -29,10 +31,10 @@ def main(words: list[str]) -> int:
     mode, *rest = words
     root, module = MODES[mode]
     config = command_line(root, rest, f"python decode.py {mode} [CONFIG.yaml] section.key=value ...")
-    planned = mode == "generate" and config.plan.target
+    planned = mode in PLANS and config.plan.target
     if planned:
         use_compilers_only()
-        mode, module = "plan", "s1jax.planning.generation"
+        mode, module = "plan", PLANS[mode]
     else:
         use_most_of_memory()
         # Imported here because it is slow: --help and mistakes in the keys answer at once.

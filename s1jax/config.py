@@ -197,6 +197,19 @@ class PlanSection:
 
 
 @dataclass(frozen=True, config=STRICT)
+class EvaluatePlanSection(PlanSection):
+    """Compile for hardware that is not here, instead of evaluating."""
+
+    questions: Positive | None = Field(default=None, description="of all tasks; null: as many as those have, or limit")
+    lengths: Annotated[str, Field(pattern=r"^(lognormal:[1-9]\d*:[1-9]\d*|.*\.jsonl)$")] = Field(
+        default="lognormal:4000:32000",
+        description="tokens that the longest run generates, as lognormal:MEAN:MAX, or an earlier samples.jsonl",
+    )
+    prompt_length: Positive = Field(default=200, description="tokens of a question")
+    answer_tokens: Positive = Field(default=500, description="tokens after the thinking, of every run")
+
+
+@dataclass(frozen=True, config=STRICT)
 class TrainPlanSection(PlanSection):
     """Compile for hardware that is not here, instead of training."""
 
@@ -264,6 +277,12 @@ class SamplingSection:
     num_samples: Positive = Field(default=1, description="results for each prompt")
 
 
+BatchSize = Annotated[
+    Positive | Literal["auto"],
+    Field(description="rows decoded at once; auto: 64 for each shard of the batch, on a CPU 8, if there are so many"),
+]
+
+
 @dataclass(frozen=True, config=STRICT)
 class CacheSection:
     """The keys and values of past tokens, in pages that rows are given as they grow."""
@@ -293,7 +312,7 @@ class GenerateConfig:
         default=None, description="prompt and output together; null: the model's context"
     )
     sampling: SamplingSection = Field(default=SamplingSection(), description="sampling")
-    batch_size: Positive = Field(default=8, description="rows decoded at once")
+    batch_size: BatchSize = "auto"
     cache: CacheSection = Field(default=CacheSection(), description="keys and values of past tokens")
     logprobs: bool = Field(default=False, description="write each output token's log-probability too")
     mesh: DecodingMeshSection = Field(default=DecodingMeshSection(), description="device mesh")
@@ -362,9 +381,10 @@ class EvaluateConfig:
     )
     sweep: SweepSection = Field(default=SweepSection(), description="runs")
     sampling: SamplingSection = Field(default=SamplingSection(), description="sampling")
-    batch_size: Positive = Field(default=8, description="rows decoded at once")
+    batch_size: BatchSize = "auto"
     cache: CacheSection = Field(default=CacheSection(), description="keys and values of past tokens")
     mesh: DecodingMeshSection = Field(default=DecodingMeshSection(), description="device mesh")
+    plan: EvaluatePlanSection = Field(default=EvaluatePlanSection(), description="planning")
 
 
 @dataclass(frozen=True, config=STRICT)

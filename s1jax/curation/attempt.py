@@ -81,7 +81,7 @@ def _compute(
                 failed.append({"id": question["id"], "status": "failed", "reason": problem, "text": None})
             else:
                 requests.append(request)
-    events = build_engine(config, setup).run(requests) if requests else ()
+    events = build_engine(config, setup, len(requests)).run(requests) if requests else ()
     with (
         RowWriter(results) as writer,
         tqdm(total=len(requests), desc=f"attempt {name}", unit="question", disable=None) as bar,

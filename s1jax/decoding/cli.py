@@ -107,7 +107,7 @@ def _read(config: GenerateConfig) -> tuple[Setup, list[Prompt], list[Request]]:
 
 
 def _engine(config: GenerateConfig, setup: Setup, hosts: Hosts, requests: Sequence[Request]) -> Engine:
-    engine = together(lambda: build_engine(config, setup, logprobs=config.logprobs))
+    engine = together(lambda: build_engine(config, setup, len(requests), logprobs=config.logprobs))
     if hosts.writes:
         most = engine.compilations(requests)
         print(f"{len(requests)} to generate; at most {most} compilations", file=sys.stderr)

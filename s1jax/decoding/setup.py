@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from s1jax.config import EvaluateConfig, GenerateConfig, SamplingSection
@@ -12,10 +13,14 @@ from s1jax.decoding.profiles import ProfileIds, load_profile, profile_of_model
 from s1jax.decoding.requests import Request, problem_of
 from s1jax.decoding.sampling import Sampling
 from s1jax.jsonl import LISTED_PROBLEMS, InputError
+from s1jax.mesh import batch_shards
 from s1jax.model.config import QwenConfig
 from s1jax.model.hf import check_sizes, resolve_model
 from s1jax.model.load import load_model
 from s1jax.tokenizer import load_tokenizer
+
+_ROWS_PER_SHARD = {"cpu": 8}
+"""Where it is not 64."""
 
 
 class Setup(NamedTuple):
@@ -56,20 +61,41 @@ def check_requests(
 
 
 def build_engine(
-    config: GenerateConfig | EvaluateConfig, setup: Setup, *, logprobs: bool = False, share: bool = True
+    config: GenerateConfig | EvaluateConfig,
+    setup: Setup,
+    num_requests: int,
+    *,
+    logprobs: bool = False,
+    share: bool = True,
 ) -> Engine:
-    """Read the weights, and return what generates with them."""
+    """Read the weights, and return what generates with them, with rows for so many requests if it chooses them."""
+    loaded = load_model(config.model, config.mesh)
+    most = rows_of(config.batch_size, loaded.mesh)
+    # A power of two, so that a few requests more or less are no other programs.
+    needed = 1 << max(0, num_requests - 1).bit_length() if config.batch_size == "auto" else most
     return Engine(
-        load_model(config.model, config.mesh),
+        loaded,
         setup.tokenizer,
         setup.profile,
         setup.sampling,
         seed=config.sampling.seed,
-        batch_size=config.batch_size,
+        batch_size=min(most, needed),
         cache_tokens=config.cache.tokens,
         logprobs=logprobs,
         share=share,
     )
+
+
+def rows_of(batch_size: int | Literal["auto"], mesh: Mesh) -> int:
+    """The rows of a batch on this mesh: as asked for, rounded up to what it divides, or as many as are worth while.
+
+    Up to some 64 rows an accelerator's step takes the time of reading the weights, and pages say how many there are at
+    work; a CPU's grows with each.
+    """
+    shards = batch_shards(mesh)
+    if batch_size == "auto":
+        return shards * _ROWS_PER_SHARD.get(mesh.devices.flat[0].platform, 64)
+    return batch_size + -batch_size % shards
 
 
 def sampling_of(section: SamplingSection) -> Sampling:

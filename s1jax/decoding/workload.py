@@ -22,7 +22,7 @@ from s1jax.decoding.sampling import Sampling
 from s1jax.model.load import LoadedModel
 from s1jax.model.paged_attention import PAGE
 
-_SIGMA = 0.8
+SIGMA = 0.8
 """Spread of the logarithm of a length."""
 _PERCENTILES = (50, 90, 99)
 
@@ -130,9 +130,9 @@ def _requests(section: BenchmarkSection, vocab_size: int) -> tuple[list[Request]
     """The requests, and when each comes, in seconds, ascending; always the same."""
     assert section.requests is not None
     rng = np.random.default_rng(0)
-    _, mean, longest = section.lengths.split(":")
-    centre = np.log(float(mean)) - _SIGMA**2 / 2
-    lengths = np.clip(rng.lognormal(centre, _SIGMA, section.requests).astype(int), 1, int(longest)).tolist()
+    mean, longest = lengths_of(section.lengths)
+    centre = np.log(mean) - SIGMA**2 / 2
+    lengths = np.clip(rng.lognormal(centre, SIGMA, section.requests).astype(int), 1, longest).tolist()
     gaps = np.zeros(section.requests) if section.rate is None else rng.exponential(1 / section.rate, section.requests)
     prompts = rng.integers(0, vocab_size, (section.requests, section.prompt_length))
     budgets = [ThinkingBudget(wait="", max_answer_tokens=length) for length in lengths]
@@ -141,6 +141,12 @@ def _requests(section: BenchmarkSection, vocab_size: int) -> tuple[list[Request]
         for index, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True))
     ]
     return requests, (gaps.cumsum() - gaps[0]).tolist()
+
+
+def lengths_of(text: str) -> tuple[int, int]:
+    """Mean and longest of lognormal:MEAN:MAX."""
+    _, mean, longest = text.split(":")
+    return int(mean), int(longest)
 
 
 def _unending(vocab_size: int) -> ProfileIds:

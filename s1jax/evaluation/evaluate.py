@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -30,7 +30,7 @@ from s1jax.paths import any_path, write_whole
 from s1jax.processes import together
 from s1jax.resume import keep_settings, settings_of
 
-_FREE_TO_CHANGE = ("output_dir", "batch_size", "cache", "mesh", "grading_seconds")
+_FREE_TO_CHANGE = ("output_dir", "batch_size", "cache", "mesh", "grading_seconds", "plan")
 """Keys that a stopped evaluation may go on with other values of: the results do not depend on them."""
 
 _KEY = ("task", "run", "id", "sample")
@@ -123,7 +123,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
         with _Graded(output, config.grading_seconds) if hosts.writes else nullcontext() as graded:
             decoded = held = 0
             while missing := jobs(lines, hosts.deals):
-                engine = engine or together(lambda: build_engine(config, setup, share=config.sweep.share))
+                if engine is None:
+                    build = partial(build_engine, config, setup, len(missing), share=config.sweep.share)
+                    engine = together(build)
                 job_of = {id(job.request): job for job in missing}
                 with hosts.progress(len(missing), "answer") as bar:
                     for event in engine.run([job.request for job in missing]):

@@ -29,6 +29,7 @@ class HubTask:
 
     path: str
     split: str
+    num_questions: int = 0
     name: str | None = None
     question: tuple[str, ...] = ("problem", "question")
     answer: tuple[str, ...] = ("answer",)
@@ -39,18 +40,19 @@ class HubTask:
 
 
 TASKS = {
-    "aime24": HubTask("simplescaling/aime24_nofigures", "train"),
-    "aime25": HubTask("TIGER-Lab/AIME25", "train"),
-    "math500": HubTask("HuggingFaceH4/MATH-500", "test"),
+    "aime24": HubTask("simplescaling/aime24_nofigures", "train", 30),
+    "aime25": HubTask("TIGER-Lab/AIME25", "train", 30),
+    "math500": HubTask("HuggingFaceH4/MATH-500", "test", 500),
     "gpqa_diamond": HubTask(
         "Idavidrein/gpqa",
         "train",
+        198,
         "gpqa_diamond",
         ("Question",),
         ("Correct Answer",),
         ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"),
     ),
-    "gsm8k": HubTask("openai/gsm8k", "test", "main", worked=True),
+    "gsm8k": HubTask("openai/gsm8k", "test", 1319, "main", worked=True),
 }
 
 
@@ -66,6 +68,12 @@ def load_tasks(tasks: Sequence[str], *, seed: int, limit: int | None) -> list[Qu
             raise InputError(f"tasks: {by_name[name]} and {task} have one name, {name}: give one of them another")
         by_name[name] = task
     return [question for task in tasks for question in load_task(task, seed=seed, limit=limit)]
+
+
+def count_questions(tasks: Sequence[str], limit: int | None) -> int:
+    """How many questions tasks have, at most `limit` each, without asking the hub. Raises InputError for files."""
+    counts = [TASKS[task].num_questions if task in TASKS else len(read_source(task).rows) for task in tasks]
+    return sum(min(count, limit or count) for count in counts)
 
 
 def load_task(task: str, *, seed: int, limit: int | None) -> list[Question]:

@@ -27,7 +27,7 @@ from s1jax.mesh import platform
 
 FOLDER = Path(__file__).parent / "cpu"
 MATMUL = "s1jax_matmul"
-FUNCTIONS = ("s1jax_multiply", "s1jax_attend", MATMUL, "s1jax_attention", "s1jax_attention_gradients")
+FUNCTIONS = ("s1jax_multiply", "s1jax_attend", "s1jax_write", MATMUL, "s1jax_attention", "s1jax_attention_gradients")
 _ARM = host.machine() in ("aarch64", "arm64")
 # Bytes of vectors that $S1JAX_CPU_VECTOR_BYTES may ask for: an arm64 processor has the narrowest anyway.
 NARROWER = () if _ARM else ("16", "32")
@@ -56,6 +56,22 @@ def attend(
     Float32, as the query is, which is scaled already; the pages have a dtype that is `available`. No gradients.
     """
     return _call("s1jax_attend", query.shape, query, keys, values, table.astype(jnp.int32), last.astype(jnp.int32))
+
+
+def write(
+    pages: Float[Array, "kv_heads pages slots head_dim"],
+    tokens: Float[Array, "batch length kv_heads head_dim"],
+    table: Int[Array, "batch row_pages"],
+    first: Int[Array, " batch"],
+) -> Float[Array, "kv_heads pages slots head_dim"]:
+    """The pages, updated in place, with tokens at a row's positions from `first` on, but for those beyond the table.
+
+    XLA's own scatter widens all of a half-precision cache before it writes to it.
+    """
+    result = jax.ShapeDtypeStruct(pages.shape, pages.dtype)
+    call = jax.ffi.ffi_call("s1jax_write", result, input_output_aliases={0: 0})
+    written: Array = call(pages, tokens.astype(pages.dtype), table.astype(jnp.int32), first.astype(jnp.int32))
+    return written
 
 
 def matmul(

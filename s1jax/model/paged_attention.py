@@ -72,6 +72,8 @@ def write(
     heads = cache.keys.shape[0]
 
     def put(pages: Pages, new: KeyValueHeads, table: PageTable, positions: Array) -> Pages:
+        if cpu_kernel.available(pages.dtype):
+            return cpu_kernel.write(pages, new, table, positions[:, 0])
         # Places of all heads are one axis, and the first: by another, TPUs copy the pages to write to them.
         first = pages.shape[1] * jnp.arange(pages.shape[0])[:, None]
         if new.shape[1] == 1:

@@ -17,7 +17,7 @@ from s1jax.decoding.budget import RowParams, RowState, Tables
 from s1jax.decoding.cache import bucket
 from s1jax.decoding.engine import STEPS_PER_CHUNK
 from s1jax.decoding.loop import Rows, Shared, decode_chunk
-from s1jax.decoding.setup import sampling_of
+from s1jax.decoding.setup import rows_of, sampling_of
 from s1jax.device_memory import GIB
 from s1jax.mesh import batch_shards, device_bytes, make_mesh, named_sharding
 from s1jax.model.load import build_model
@@ -48,7 +48,7 @@ _ROWS_TRIED = 2
 
 @dataclass(frozen=True)
 class GenerationPlan:
-    """The decode loop of one batch, with every row's cache full; bytes and seconds are those of one device."""
+    """The decode loop of one batch, with the cache full; bytes and seconds are those of one device."""
 
     target: str
     mesh: dict[str, int]
@@ -56,6 +56,8 @@ class GenerationPlan:
     rows: int
     slots: int
     """Of each row's cache: prompt and output together."""
+    pool_tokens: int
+    """Of all rows' caches, of one copy of the model: `rows` times `slots`, unless `cache.tokens` is less."""
     memory: Memory
     usable_bytes: int
     rows_that_fit: int
@@ -112,7 +114,7 @@ def _search(config: GenerateConfig, target: Target) -> list[GenerationPlan]:
         mesh = replace(config.mesh, data=-1, fsdp=1, tensor=tensor)
         variant = replace(config, mesh=mesh, model=replace(config.model, dtype=dtype))
         tried: set[int] = set()
-        rows = config.batch_size
+        rows = rows_of(config.batch_size, make_mesh(1, 1, 1, devices[:1]))
         while rows and rows not in tried:
             tried.add(rows)
             name = f"tensor {tensor}, {dtype}, {rows} rows"
@@ -155,11 +157,15 @@ def plan_generation(config: GenerateConfig, target: Target, devices: Sequence[ja
     machine = Machine(len(devices), target.devices_per_host, usable_bytes(target.hardware))
     mesh = make_mesh(*decoding_mesh_sizes(config.mesh, model, machine), devices)
     context = architecture.max_position_embeddings
-    rows = config.batch_size + -config.batch_size % batch_shards(mesh)
+    rows = rows_of(config.batch_size, mesh)
     slots = bucket(min(config.max_total_tokens or context, context), context)
     pages = num_pages(slots)
     params = model.abstract_params(mesh, stacked=False)
-    cache = _abstract_cache(model, mesh, batch_shards(mesh) + rows * pages)
+    shards = batch_shards(mesh)
+    pool = rows // shards * pages
+    if config.cache.tokens is not None:
+        pool = min(pool, num_pages(-(-config.cache.tokens // shards)))
+    cache = _abstract_cache(model, mesh, shards * (1 + pool))
     loop: Any = decode_chunk
     with jax.set_mesh(mesh):
         lowered = loop.lower(
@@ -189,9 +195,10 @@ def plan_generation(config: GenerateConfig, target: Target, devices: Sequence[ja
         dtype=config.model.dtype,
         rows=rows,
         slots=slots,
+        pool_tokens=shards * pool * PAGE,
         memory=memory,
         usable_bytes=usable,
-        rows_that_fit=max(0, int(room / (memory.batch / rows))),
+        rows_that_fit=max(0, int(room / (memory.batch / (shards * pool)) / pages)),
         bytes_per_step=traffic.num_bytes / STEPS_PER_CHUNK,
         least_bytes_per_step=memory.parameters - looked_up + memory.batch,
         unknown_operations=traffic.unknown,
@@ -252,6 +259,7 @@ def _describe(plan: GenerationPlan, target: Target) -> str:
     return "\n".join(
         [
             f"{plan.target}, {mesh}: {plan.rows} rows of {plan.slots} tokens"
+            + (f", {plan.pool_tokens:,} in all" if plan.pool_tokens < plan.rows * plan.slots else "")
             + (f", in one of {plan.copies} copies" if plan.copies > 1 else ""),
             f"memory: {memory.total / GIB:.1f} GiB = weights {memory.parameters / GIB:.1f} + cache "
             f"{memory.batch / GIB:.1f} + temporaries {memory.temporaries / GIB:.2f}, of {plan.usable_bytes / GIB:.1f}: "

@@ -11,7 +11,7 @@ from s1jax.paths import any_path
 from s1jax.planning.hardware import PlanError
 from s1jax.tokenizer import load_tokenizer
 
-_SIGMA = 0.3
+_EXAMPLES_SIGMA = 0.3
 """Spread of the logarithm of a length. With s1K's mean and longest it puts 26% below 4,096 tokens, as the s1 paper's
 table 8 does."""
 
@@ -34,13 +34,13 @@ def example_lengths(config: TrainConfig) -> tuple[Int[np.ndarray, " examples"], 
     if not 2 <= mean <= longest:
         raise PlanError(f"plan.mean_length ({mean}) must be from 2 to the longest example ({longest})")
     text = f"assumed (plan.*): {count:,} examples of {mean:,} tokens on average, at most {longest:,}"
-    return _log_normal(count, mean, longest), text
+    return log_normal(count, mean, longest, _EXAMPLES_SIGMA), text
 
 
-def _log_normal(count: int, mean: int, longest: int) -> Int[np.ndarray, " examples"]:
+def log_normal(count: int, mean: int, longest: int, sigma: float) -> Int[np.ndarray, " examples"]:
     """The quantiles of a log-normal distribution cut off at `longest`, scaled to have this mean."""
     normal = NormalDist()
-    spread = np.exp(_SIGMA * np.array([normal.inv_cdf((i + 0.5) / count) for i in range(count)]))
+    spread = np.exp(sigma * np.array([normal.inv_cdf((i + 0.5) / count) for i in range(count)]))
     low, high = 1.0, float(longest)
     for _ in range(60):
         scale = (low + high) / 2

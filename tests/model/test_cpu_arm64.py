@@ -66,6 +66,10 @@ def calls() -> Iterator[Call]:
         keys, values = (normal(*cache, half=half) for _ in range(2))
         yield Call("s1jax_attend", [normal(*query), keys, values, table, last], [query])
 
+        # As many tokens as there are places: a result is not a copy of the argument here.
+        tokens, first = normal(batch, pages * slots, kv_heads, size), np.zeros(batch, np.int32)
+        yield Call("s1jax_write", [jnp.zeros(cache), tokens, table, first], [cache])
+
         query, key = (batch, slots, kv_heads * group, size), (batch, slots, kv_heads, size)
         segments = np.sort(rng.integers(0, 4, (batch, slots)).astype(np.int32))
         packed = [normal(*query), normal(*key), normal(*key), segments]

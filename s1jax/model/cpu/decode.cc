@@ -170,6 +170,23 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> query, ffi::AnyB
   });
 }
 
+// Puts tokens, (rows, tokens, kv_heads, head_dim), into the pages of their rows, the first at its row's position; what has
+// no page is not kept. The cache is updated in place.
+ffi::Error write(ffi::AnyBuffer, ffi::AnyBuffer tokens, ffi::BufferR2<ffi::S32> table, ffi::BufferR1<ffi::S32> first,
+                 ffi::Result<ffi::AnyBuffer> cache) {
+  const auto shape = tokens.dimensions(), pages = cache->dimensions();
+  const int64_t slots = pages[2], width = table.dimensions()[1], bytes = pages[3] * ffi::ByteWidth(tokens.element_type());
+  const char* from = static_cast<const char*>(tokens.untyped_data());
+  char* to = static_cast<char*>(cache->untyped_data());
+  for (int64_t i = 0; i < shape[0] * shape[1] * shape[2]; i++, from += bytes) {
+    const int64_t head = i % shape[2], row = i / shape[2] / shape[1], at = first.typed_data()[row] + i / shape[2] % shape[1];
+    if (at >= width * slots) continue;
+    const int64_t page = head * pages[1] + table.typed_data()[row * width + at / slots];
+    std::memcpy(to + (page * slots + at % slots) * bytes, from, bytes);
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace s1jax
 
@@ -177,3 +194,4 @@ extern "C" constexpr int s1jax_vector_bytes = s1jax::kVectorBytes;
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_multiply, s1jax::multiply);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_attend, s1jax::attend);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_write, s1jax::write);
