@@ -30,7 +30,7 @@ class Model:
     def __init__(self, path: str):
         config = GenerateConfig(model=ModelSection(path=path, dtype="float32"), batch_size=BATCH)
         self._setup = prepare(config)
-        self._engine = build_engine(config, self._setup)
+        self._engine = build_engine(config, self._setup, BATCH)
         self._waiting: Queue[tuple[Request, Future[Generation]]] = Queue()
         threading.Thread(target=self._work, daemon=True).start()
 
