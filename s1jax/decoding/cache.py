@@ -41,8 +41,8 @@ class PagedCache:
         self._to_prefill: list[tuple[int, tuple[int, ...]]] = []
         self._to_copy: list[tuple[int, int, int]] = []
         """Shard, and the pages from and to."""
-        self.limit = 0
-        """Tokens that every row may grow to; 0 before memory is claimed."""
+        self.asked = self.limit = 0
+        """Tokens that memory was claimed for in a row, and that a row may grow to."""
         self.arrays: KVCache | None = None
 
     @property
@@ -52,19 +52,11 @@ class PagedCache:
         return used, used + sum(pool.num_free for pool in self._pools)
 
     def claim(self, limit: int) -> None:
-        """Have memory for rows of up to `limit` tokens, all of them full if possible. No row may be at work.
-
-        Raises ValueError if there is not room for one.
-        """
+        """Have memory for rows of up to `limit` tokens, all of them full if possible. No row may be at work."""
         self.arrays = None
         most = self._per_shard * num_pages(limit)
         pages = min(most, self._allowed() if self._most is None else self._most)
-        if pages < num_pages(limit):
-            raise ValueError(
-                f"a row may need {limit} tokens, and there is room for {pages * PAGE * self._shards} in all rows: "
-                "lower max_total_tokens or the budget, or raise cache.tokens or mesh.tensor"
-            )
-        self.limit = limit
+        self.asked, self.limit = limit, min(limit, pages * PAGE)
         self._pools = [PagePool(pages + 1) for _ in range(self._shards)]
         self.arrays = empty_cache(self._loaded.model, self._shards * (pages + 1))
 

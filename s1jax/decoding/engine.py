@@ -162,7 +162,8 @@ class Engine:
     def step(self) -> list[Progress | Finished]:
         """Decode a chunk: what it wrote in each row, and the results that it completed.
 
-        Raises OutOfMemoryError if the device is full, NonFiniteError if the model's scores are no numbers to draw from.
+        Raises OutOfMemoryError if the device is full, ValueError for a request that all pages would not hold,
+        NonFiniteError if the model's scores are no numbers to draw from.
         """
         if self.is_idle:
             return []
@@ -238,7 +239,7 @@ class Engine:
 
     def _admit_waiting(self, tables: _Tables) -> None:
         """Give free rows to those that wait, in their order, as long as there are pages for them."""
-        if self._cache.limit < self._limit and not any(self._groups):
+        if self._cache.asked < self._limit and not any(self._groups):
             self._cache.claim(self._limit)
         for row in range(self._batch):
             if self._groups[row]:
@@ -250,10 +251,16 @@ class Engine:
                     for request in sorted(alike, key=self._longest_first)
                 ]
                 self._next_up.append(slots)
-            # If it may outgrow what was claimed, it waits until nobody is at work.
-            if not self._next_up or self._next_up[0][0].limit > self._cache.limit:
+            if not self._next_up:
                 break
             slot = self._next_up[0][0]
+            if slot.limit > self._cache.limit:
+                if any(self._groups):
+                    break  # More can be claimed when nobody is at work.
+                raise ValueError(
+                    f"prompt {slot.request.index}: may need {slot.limit} tokens, and a row has room for "
+                    f"{self._cache.limit}: lower max_total_tokens or the budget, or raise cache.tokens or mesh.tensor"
+                )
             tokens = min(len(slot.context_ids) + STEPS_PER_CHUNK, slot.limit)
             if not self._cache.admits(row, tokens):
                 continue
@@ -288,7 +295,9 @@ class Engine:
 
     def _ahead(self, row: int) -> int:
         """Tokens that a row may have after a chunk."""
-        return min(int(self._rows.state.length[row]) + STEPS_PER_CHUNK, self._groups[row][0].limit)
+        length, limit = int(self._rows.state.length[row]), self._groups[row][0].limit
+        assert length <= limit, "a row has outgrown its pages"
+        return min(length + STEPS_PER_CHUNK, limit)
 
     def _shard(self, row: int) -> int:
         return row * self._shards // self._batch

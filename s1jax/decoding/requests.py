@@ -74,7 +74,10 @@ def longest_context(request: Request, profile: ProfileIds, context: int) -> int:
     limit = min(context, budget.max_total_tokens or context)
     if budget.max_answer_tokens is None:
         return limit
-    return min(limit, prompt + thinking + len(profile.budget_end_with_newline) + budget.max_answer_tokens)
+    if not profile.profile.thinks:
+        return min(limit, prompt + budget.max_answer_tokens)
+    ending = max(map(len, (profile.end, profile.budget_end, profile.budget_end_with_newline)))
+    return min(limit, prompt + thinking + ending + budget.max_answer_tokens)
 
 
 def encode_prompt(

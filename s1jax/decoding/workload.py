@@ -66,7 +66,7 @@ def run_workload(loaded: LoadedModel, section: BenchmarkSection, batch_size: int
     """Decode `section.requests` requests, once to compile and once to measure."""
     vocab_size = loaded.model.config.vocab_size
     requests, arrivals = _requests(section, vocab_size)
-    engine = Engine(loaded, _no_words(), _unending(vocab_size), Sampling(), batch_size=batch_size)
+    engine = Engine(loaded, no_words(), unending(vocab_size), Sampling(), batch_size=batch_size)
     for _ in engine.run(requests):
         pass
     waiting = list(zip(arrivals, requests, strict=True))[::-1]
@@ -149,13 +149,13 @@ def lengths_of(text: str) -> tuple[int, int]:
     return int(mean), int(longest)
 
 
-def _unending(vocab_size: int) -> ProfileIds:
+def unending(vocab_size: int) -> ProfileIds:
     """A profile by which rows answer at once, and end when they have all their tokens."""
     none, every = np.zeros(vocab_size, bool), np.ones(vocab_size, bool)
     return ProfileIds(DelimiterProfile("unending", eos=("?",)), (), (), (), (), (), (), (), none, every)
 
 
-def _no_words() -> PreTrainedTokenizerBase:
+def no_words() -> PreTrainedTokenizerBase:
     """A tokenizer without words: a model's directory may have none, and nobody reads what is decoded here."""
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"?": 0}, unk_token="?")))
 

@@ -3,14 +3,20 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 from s1jax.config import DecodingMeshSection, ModelSection
+from s1jax.mesh import make_mesh
+from s1jax.model.config import QwenConfig
 from s1jax.model.load import LoadedModel, load_model
+from s1jax.model.qwen import Qwen
 from tests.tiny import QWEN2, model_directory
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +37,14 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     embedding[368:] *= 5
     save_file(weights, directory / "model.safetensors")
     return directory
+
+
+def untrained(context: int) -> LoadedModel:
+    """A random model of this context length on one device, without a directory."""
+    model = Qwen(replace(QwenConfig.from_hf(QWEN2), max_position_embeddings=context), dtype=jnp.float32)
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        return LoadedModel(model, jax.jit(model.unstack)(model.init(jax.random.key(0), mesh)), mesh, Path())
 
 
 @pytest.fixture(scope="session")

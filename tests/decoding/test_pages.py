@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from s1jax.decoding.budget import ThinkingBudget
 from s1jax.decoding.engine import Engine
 from s1jax.decoding.pages import PagePool
-from s1jax.decoding.profiles import prepare_prompt
+from s1jax.decoding.profiles import PreparedPrompt, prepare_prompt
 from s1jax.decoding.requests import Request
 from s1jax.decoding.results import Finished, Generation
 from s1jax.decoding.sampling import Sampling
+from s1jax.decoding.workload import no_words, unending
 from s1jax.mesh import make_mesh
 from s1jax.model.load import LoadedModel
 from s1jax.model.paged_attention import PAGE, num_pages
-from tests.decoding.conftest import CONTEXT
+from tests.decoding.conftest import CONTEXT, untrained
 from tests.decoding.test_generate import profile_ids, random_requests
 
 OPERATIONS = ("submit", "fork", "grow", "shorten", "put back")
@@ -165,5 +166,27 @@ def test_a_row_that_the_pages_do_not_hold_is_refused(loaded: LoadedModel) -> Non
         engine.submit(request)
     # Each of eight shards has a part of the pages.
     engine = Engine(loaded, loaded.tokenizer, ids, Sampling(), cache_tokens=CONTEXT)
-    with pytest.raises(ValueError, match="a row may need 160 tokens, and there is room for 512 in all rows"):
+    with pytest.raises(ValueError, match="prompt 0: may need 160 tokens, and a row has room for 64"):
         list(engine.run([request]))
+
+
+@pytest.mark.slow
+def test_pages_for_less_than_the_size_that_is_compiled_for_are_enough() -> None:
+    """A row of 400 tokens, which is compiled for 512, in pages for 448; then one for which more must be claimed."""
+    loaded = untrained(640)
+    vocab_size = loaded.model.config.vocab_size
+    engine = Engine(loaded, no_words(), unending(vocab_size), Sampling(), cache_tokens=400, batch_size=2)
+
+    def request(index: int, tokens: int) -> Request:
+        prompt = PreparedPrompt(tuple(range(index + 1, index + 11)), 0, False)
+        return Request(prompt, ThinkingBudget(wait="", max_answer_tokens=tokens - 10), index)
+
+    short, long = request(0, 60), request(1, 400)
+    engine.submit(short)
+    events = engine.step()
+    assert engine.occupancy.pages == 2 * 2
+    engine.submit(long)
+    events += engine.run([])
+    assert engine.occupancy.pages == 7
+    lengths = {e.request.index: len(e.generation.output_ids) for e in events if isinstance(e, Finished)}
+    assert lengths == {0: 50, 1: 390}

@@ -1,10 +1,8 @@
 """Hours of an evaluation: the simulated scheduling against the engine's own, and the plan as a person asks for it."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,13 +14,10 @@ from s1jax.decoding.profiles import PreparedPrompt
 from s1jax.decoding.requests import Request
 from s1jax.decoding.results import Finished
 from s1jax.decoding.sampling import Sampling
-from s1jax.decoding.workload import _no_words, _unending
-from s1jax.mesh import make_mesh
-from s1jax.model.config import QwenConfig
-from s1jax.model.load import LoadedModel
+from s1jax.decoding.workload import no_words, unending
 from s1jax.model.paged_attention import PAGE, num_pages
-from s1jax.model.qwen import Qwen
 from s1jax.planning.evaluation import simulate
+from tests.decoding.conftest import untrained
 from tests.planning.conftest import plan, run
 from tests.tiny import QWEN2
 
@@ -57,11 +52,8 @@ def test_all_tokens_are_decoded_in_the_pages_that_there_are(groups, rows: int, s
 @pytest.mark.parametrize("tokens", [4 * 640, 640 + PAGE])
 def test_the_engine_takes_the_chunks_that_are_simulated(tokens: int) -> None:
     rng = np.random.default_rng(0)
-    model = Qwen(replace(QwenConfig.from_hf(QWEN2), max_position_embeddings=640), dtype=np.float32)
-    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        loaded = LoadedModel(model, jax.jit(model.unstack)(model.init(jax.random.key(0), mesh)), mesh, Path())
-    vocab_size = model.config.vocab_size
+    loaded = untrained(640)
+    vocab_size = loaded.model.config.vocab_size
     requests = [
         Request(
             PreparedPrompt(tuple(rng.integers(0, vocab_size, rng.integers(1, 200)).tolist()), 0, False),
@@ -71,7 +63,7 @@ def test_the_engine_takes_the_chunks_that_are_simulated(tokens: int) -> None:
         for index in range(14)
     ]
     engine = Engine(
-        loaded, _no_words(), _unending(vocab_size), Sampling(), batch_size=4, cache_tokens=tokens, share=False
+        loaded, no_words(), unending(vocab_size), Sampling(), batch_size=4, cache_tokens=tokens, share=False
     )
     for request in requests:
         engine.submit(request)
