@@ -107,6 +107,8 @@ class Engine:
         """The longest that the context of a request submitted so far can get, rounded up."""
         self._admitted = 0
         self._rows = self._start([], {}, self._batch)
+        self._error: NonFiniteError | None = None
+        """Of a row in the chunk before, whose other rows are reported first."""
 
     @property
     def is_idle(self) -> bool:
@@ -165,6 +167,8 @@ class Engine:
         Raises OutOfMemoryError if the device is full, ValueError for a request that all pages would not hold,
         NonFiniteError if the model's scores are no numbers to draw from.
         """
+        if self._error:
+            raise self._error
         if self.is_idle:
             return []
         try:
@@ -196,8 +200,14 @@ class Engine:
                 "lower cache.tokens, batch_size, budget.max_thinking_tokens or max_total_tokens, or raise mesh.tensor"
             ) from error
         put_rows(self._rows, order, take_rows(self._rows, order)._replace(state=state, last_token=last_token))
-        at_work = [(row, column) for column, row in enumerate(order) if self._groups[row]]
-        return [event for row, column in at_work for event in self._events(row, column, chunk)]
+        events: list[Progress | Finished] = []
+        for column, row in enumerate(order):
+            if self._groups[row]:
+                try:
+                    events += self._events(row, column, chunk)
+                except NonFiniteError as error:
+                    self._error = self._error or error
+        return events
 
     def _events(self, row: int, column: int, chunk: Chunk) -> Iterator[Progress | Finished]:
         """What a column of a chunk means for its row, which the next request takes if its own has finished."""

@@ -160,6 +160,8 @@ def _gathered(
     scores = product("bkgd,bksd->bkgs", query, keys) * head_dim**-0.5
     seen = jnp.arange(keys.shape[2]) <= last[:, None, None, None]
     scores = jnp.where(seen, scores, -jnp.inf)
+    # What others left in these pages may be no numbers, which a weight of zero would not keep out.
+    values = jnp.where(jnp.swapaxes(seen, 2, 3), values, 0)
     # Divided by their sum only after the product: one pass less over the scores, which are as long as the rows.
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)

@@ -9,9 +9,15 @@ from safetensors.numpy import load_file, save_file
 
 from s1jax import ThinkingBudget, generate, load
 from s1jax.config import ModelSection
+from s1jax.decoding.engine import Engine
 from s1jax.decoding.finite import NonFiniteError
+from s1jax.decoding.profiles import prepare_prompt
+from s1jax.decoding.requests import Request
+from s1jax.decoding.results import Finished
+from s1jax.decoding.sampling import Sampling
 from s1jax.decoding.score import score_rows
 from tests.decoding.conftest import run
+from tests.decoding.test_generate import profile_ids
 from tests.decoding.test_score import run as run_score
 from tests.tiny import QWEN2, model_directory
 
@@ -61,6 +67,15 @@ def test_the_row_is_named_and_the_token(tmp_path: Path) -> None:
     assert len(score_rows(loaded, [good, good], batch_size=2)) == 2
     with pytest.raises(NonFiniteError, match=r"prompt 1, sample 0, after 5 tokens: .* come first in layer 0$"):
         generate(loaded, [good, bad], ThinkingBudget(max_answer_tokens=4), profile="none")
+    # Those beside it are reported first.
+    engine = Engine(loaded, loaded.tokenizer, profile_ids(loaded, "none"), Sampling())
+    budget = ThinkingBudget(max_answer_tokens=4)
+    for index, prompt in enumerate((bad, good)):
+        engine.submit(Request(prepare_prompt(prompt, profile_ids(loaded, "none")), budget, index))
+    finished = [event for event in engine.step() if isinstance(event, Finished)]
+    assert [(event.request.index, event.generation) for event in finished] == [(1, done)]
+    with pytest.raises(NonFiniteError, match=r"prompt 0, sample 0"):
+        engine.step()
     with pytest.raises(NonFiniteError, match=r"row 1: .* come first in layer 0$"):
         score_rows(loaded, [good, bad], batch_size=2)
 

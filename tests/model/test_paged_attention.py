@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas import tpu as pltpu
 
 from s1jax.mesh import batch_shards, make_mesh
 from s1jax.model import cpu_kernel
+from s1jax.model.accelerator_attention import cudnn_paged_attention
 from s1jax.model.paged_attention import PAGE, LayerCache, cached_heads, num_pages, paged_attention, write
 from tests.reference.attention import reference_attention
 
@@ -61,8 +63,6 @@ def test_a_token_sees_what_its_row_has_written(lengths, implementation, groups: 
             assert cpu_kernel.available(jnp.float32)
     query, key, value, cache, table, last = filled(np.random.default_rng(seed), mesh, lengths, (2 * groups, 2, 16))
     expected = reference_attention(query, key, value, last[:, None], None)[:, 0]
-    if implementation == "plain":  # It gathers whole pages, and multiplies what is behind the last token by zero.
-        cache = jax.tree.map(jnp.nan_to_num, cache)
     with jax.set_mesh(mesh):
         out = jax.jit(paged_attention, static_argnames="implementation")(
             query[:, 0], cache, table, last, implementation=implementation
@@ -77,11 +77,23 @@ def test_each_shard_has_pages_of_its_own_and_heads_are_repeated_where_there_are_
     mesh = make_mesh(data, fsdp, tensor, jax.devices()[: data * fsdp * tensor])
     lengths = [5, 70, 64, 65, 1, 130, 20, 66]
     query, key, value, cache, table, last = filled(np.random.default_rng(0), mesh, lengths, (8, 2, 16))
-    cache = jax.tree.map(jnp.nan_to_num, cache)
     with jax.set_mesh(mesh):
         out = jax.jit(paged_attention)(query[:, 0], cache, table, last)
     expected = reference_attention(query, key, value, last[:, None], None)[:, 0]
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cudnn_is_given_pages_by_whatever_version_of_jax_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lowered: nothing here can run it."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(
+        fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda capability: capability == "9.0"
+    )
+    shapes = ((4, 2, 5, 128), (2, 17, 64, 128), (2, 17, 64, 128), (4, 8), (4,))
+    arguments = [jax.ShapeDtypeStruct(x, jnp.bfloat16 if len(x) == 4 else jnp.int32) for x in shapes]
+    lowered = jax.jit(cudnn_paged_attention).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert "__cudnn$fmhaSoftmax" in lowered.as_text()
 
 
 def test_the_kernel_of_tpus_computes_the_formula() -> None:
