@@ -106,7 +106,7 @@ class Engine:
         self._limit = 0
         """The longest that the context of a request submitted so far can get, rounded up."""
         self._admitted = 0
-        self._rows = self._start([], {}, self._batch)
+        self._rows, self._nobody = self._start([], {}, self._batch), self._start([], {}, 1)
         self._error: NonFiniteError | None = None
         """Of a row in the chunk before, whose other rows are reported first."""
 
@@ -301,7 +301,7 @@ class Engine:
         """Nobody is in a row."""
         self._groups[row] = []
         self._cache.release(row)
-        put_rows(self._rows, [row], self._start([], {}, 1))
+        put_rows(self._rows, [row], self._nobody)
 
     def _ahead(self, row: int) -> int:
         """Tokens that a row may have after a chunk."""
