@@ -1,6 +1,7 @@
 """Generation from Python: `from s1jax import ThinkingBudget, generate, load`."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from s1jax.config import DecodingMeshSection, ModelSection
 from s1jax.decoding.budget import ThinkingBudget
@@ -9,7 +10,7 @@ from s1jax.decoding.profiles import DelimiterProfile, load_profile, prepare_prom
 from s1jax.decoding.requests import Messages, Request, encode_prompt
 from s1jax.decoding.results import Finished, Generation
 from s1jax.decoding.sampling import Sampling
-from s1jax.decoding.setup import check_requests
+from s1jax.decoding.setup import check_requests, rows_of
 from s1jax.model.load import LoadedModel, load_model
 
 DEFAULT_BUDGET = ThinkingBudget(max_thinking_tokens="auto", max_answer_tokens=1024)
@@ -32,14 +33,14 @@ def generate(
     profile: str | DelimiterProfile = "s1",
     sampling: Sampling | None = None,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | Literal["auto"] = "auto",
     chat_template: bool = True,
     logprobs: bool = False,
 ) -> list[Generation]:
     """Generate for each prompt (a question, chat messages, or token ids), with one budget for all or one for each.
 
-    Results are in the order of the prompts. Raises ValueError with every prompt that cannot be run, or the
-    first that cannot be rendered or tokenised.
+    Results are in the order of the prompts, of which `batch_size` are decoded at once. Raises ValueError with every
+    prompt that cannot be run, or the first that cannot be rendered or tokenised.
     """
     budgets = [budget] * len(prompts) if isinstance(budget, ThinkingBudget) else list(budget)
     if len(budgets) != len(prompts):
@@ -56,7 +57,8 @@ def generate(
         requests.append(Request(prepare_prompt(encoded.input_ids, ids, encoded.after_user), own, index))
     named = [(f"prompt {request.index}", request) for request in requests]
     check_requests(named, ids, loaded.model.config.max_position_embeddings)
-    engine = Engine(loaded, tokenizer, ids, sampling or Sampling(), seed=seed, batch_size=batch_size, logprobs=logprobs)
+    rows = rows_of(batch_size, loaded.mesh, len(requests))
+    engine = Engine(loaded, tokenizer, ids, sampling or Sampling(), seed=seed, batch_size=rows, logprobs=logprobs)
     events = engine.run(requests)
     results = {event.request.index: event.generation for event in events if isinstance(event, Finished)}
     return [results[index] for index in range(len(prompts))]

@@ -7,7 +7,7 @@ from jaxtyping import Int
 
 from s1jax.decoding.loop import copy_pages, empty_cache, prefill
 from s1jax.decoding.pages import PagePool
-from s1jax.device_memory import free_bytes
+from s1jax.device_memory import GIB, free_bytes
 from s1jax.mesh import batch_shards
 from s1jax.model.load import LoadedModel
 from s1jax.model.paged_attention import PAGE, UNUSED_PAGE, KVCache, cached_heads, choose_paged, num_pages
@@ -16,6 +16,10 @@ from s1jax.processes import agree_least
 SHORTEST_PROMPT, _SHORTEST_ROW = 64, 128
 _SHARE_OF_FREE_MEMORY = {"cpu": 0.25}
 """How much of what is free a cache may take by itself; by platform, 0.8 of an accelerator's."""
+_MOST_ON_CPU = 2 * GIB
+"""Of a cache by itself, unless one row needs more: there it takes time to fill memory with zeros."""
+_TABLE_STEP = 8
+"""Pages of which a table's width is a multiple: TPU's kernel computes so many together."""
 
 
 class PagedCache:
@@ -55,19 +59,22 @@ class PagedCache:
         """Have memory for rows of up to `limit` tokens, all of them full if possible. No row may be at work."""
         self.arrays = None
         most = self._per_shard * num_pages(limit)
-        pages = min(most, self._allowed() if self._most is None else self._most)
+        pages = min(most, self._allowed(limit) if self._most is None else self._most)
         self.asked, self.limit = limit, min(limit, pages * PAGE)
         self._pools = [PagePool(pages + 1) for _ in range(self._shards)]
         self.arrays = empty_cache(self._loaded.model, self._shards * (pages + 1))
 
-    def _allowed(self) -> int:
-        """Pages of a shard that the devices' memory has room for."""
+    def _allowed(self, limit: int) -> int:
+        """Pages of a shard that the devices' memory has room for, with rows of up to `limit` tokens."""
         model, mesh = self._loaded.model, self._loaded.mesh
         config, tensor = model.config, mesh.shape["tensor"]
         heads = cached_heads(config.num_key_value_heads, tensor) // tensor
         size = 2 * config.num_hidden_layers * heads * PAGE * config.head_dim * np.dtype(model.dtype).itemsize
-        share = _SHARE_OF_FREE_MEMORY.get(mesh.devices.flat[0].platform, 0.8)
+        where = mesh.devices.flat[0].platform
+        share = _SHARE_OF_FREE_MEMORY.get(where, 0.8)
         pages = min(int(share * free_bytes(device)) // size for device in mesh.local_devices)
+        if where == "cpu":
+            pages = min(pages, max(_MOST_ON_CPU // size, num_pages(limit) + 1))
         everywhere = len({device.process_index for device in mesh.devices.flat}) > 1
         # Beside the page that is nobody's.
         return (agree_least(pages) if everywhere else pages) - 1
@@ -147,6 +154,7 @@ class PagedCache:
         model = self._loaded.model
         kernel = choose_paged(model.dtype, model.config.head_dim) != "plain"
         width = num_pages(self.limit if kernel else bucket(tokens, self.limit))
+        width += -width % _TABLE_STEP if kernel else 0
         table = np.full((len(rows), width), UNUSED_PAGE, np.int32)
         for row, pages in zip(table, (self._pages[row] for row in rows), strict=True):
             row[: len(pages)] = pages

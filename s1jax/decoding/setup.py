@@ -70,32 +70,34 @@ def build_engine(
 ) -> Engine:
     """Read the weights, and return what generates with them, with rows for so many requests if it chooses them."""
     loaded = load_model(config.model, config.mesh)
-    most = rows_of(config.batch_size, loaded.mesh)
-    # A power of two, so that a few requests more or less are no other programs.
-    needed = 1 << max(0, num_requests - 1).bit_length() if config.batch_size == "auto" else most
     return Engine(
         loaded,
         setup.tokenizer,
         setup.profile,
         setup.sampling,
         seed=config.sampling.seed,
-        batch_size=min(most, needed),
+        batch_size=rows_of(config.batch_size, loaded.mesh, num_requests),
         cache_tokens=config.cache.tokens,
         logprobs=logprobs,
         share=share,
     )
 
 
-def rows_of(batch_size: int | Literal["auto"], mesh: Mesh) -> int:
-    """The rows of a batch on this mesh: as asked for, rounded up to what it divides, or as many as are worth while.
+def rows_of(batch_size: int | Literal["auto"], mesh: Mesh, num_requests: int = sys.maxsize) -> int:
+    """The rows of a batch on this mesh: as asked for or as many as are worth while, rounded up to what it divides.
 
     Up to some 64 rows an accelerator's step takes the time of reading the weights, and pages say how many there are at
-    work; a CPU's grows with each.
+    work; a CPU's grows with each. Not more than there are requests, as a power of two, so that a few requests more or
+    less are no other programs.
     """
     shards = batch_shards(mesh)
-    if batch_size == "auto":
-        return shards * _ROWS_PER_SHARD.get(mesh.devices.flat[0].platform, 64)
-    return batch_size + -batch_size % shards
+    most = shards * _ROWS_PER_SHARD.get(mesh.devices.flat[0].platform, 64)
+    rows = min(most, _power_of_two(num_requests)) if batch_size == "auto" else batch_size
+    return rows + -rows % shards
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << max(0, least - 1).bit_length()
 
 
 def sampling_of(section: SamplingSection) -> Sampling:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from typing import Literal
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from s1jax.decoding.profiles import PreparedPrompt, prepare_prompt
 from s1jax.decoding.requests import Request
 from s1jax.decoding.results import Finished, Generation
 from s1jax.decoding.sampling import Sampling
+from s1jax.decoding.setup import rows_of
 from s1jax.decoding.workload import no_words, unending
 from s1jax.mesh import make_mesh
 from s1jax.model.load import LoadedModel
@@ -190,3 +192,18 @@ def test_pages_for_less_than_the_size_that_is_compiled_for_are_enough() -> None:
     assert engine.occupancy.pages == 7
     lengths = {e.request.index: len(e.generation.output_ids) for e in events if isinstance(e, Finished)}
     assert lengths == {0: 50, 1: 390}
+
+
+@pytest.mark.parametrize(
+    ("asked", "data", "requests", "rows"),
+    [
+        ("auto", 1, 1, 1),
+        ("auto", 1, 5, 8),
+        ("auto", 1, 1000, 8),
+        ("auto", 4, 3, 4),
+        ("auto", 4, 1000, 32),
+        (6, 4, 1, 8),
+    ],
+)
+def test_rows_are_as_many_as_are_worth_while(asked: int | Literal["auto"], data: int, requests: int, rows: int) -> None:
+    assert rows_of(asked, make_mesh(data, 1, 1, jax.devices()[:data]), requests) == rows
