@@ -6,6 +6,7 @@ they hold, of which a step's time follows.
 
 import json
 import random
+import re
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -208,6 +209,8 @@ def _groups(config: EvaluateConfig, limit: int) -> tuple[list[Group], int, str]:
     if not section.lengths.startswith("lognormal:"):
         return _measured(section.lengths, share=config.sweep.share)
     count = section.questions or count_questions(config.tasks, config.limit)
+    if not re.fullmatch(r"lognormal:[1-9]\d*:[1-9]\d*", section.lengths):
+        raise PlanError(f"plan.lengths: {section.lengths} is not lognormal:MEAN:MAX")
     mean, longest = lengths_of(section.lengths)
     longest = min(longest, limit - section.prompt_length)
     if not 2 <= mean <= longest:

@@ -110,6 +110,8 @@ def test_an_evaluation_is_planned_from_lengths_or_from_an_earlier_one(tmp_path: 
     assert (content["evaluation"]["decoded_tokens"], content["held_tokens"]) == (102, 242)
     alone = plan(tmp_path / "plan.json", *words, measured, "sweep.share=false", "--plan", "h100:1x4")
     assert alone["evaluation"]["decoded_tokens"] == 242
+    wrong = run(*words, "plan.lengths=lognormal:400", "--plan", "h100:1x4")
+    assert "error: plan.lengths: lognormal:400 is not lognormal:MEAN:MAX" in wrong.stderr
     for text, message in (("{}\n", "is not the samples.jsonl"), ("no\n", "not JSON")):
         (tmp_path / "samples.jsonl").write_text(text)
         process = run(*words, measured, "--plan", "h100:1x4")
