@@ -80,6 +80,11 @@ def batch_shards(mesh: Mesh) -> int:
     return int(np.prod([mesh.shape[axis] for axis in LOGICAL_AXES["batch"]]))
 
 
+def divisible_rows(rows: int, mesh: Mesh) -> int:
+    """So many rows, or a few more that the mesh divides into equal parts."""
+    return rows + -rows % batch_shards(mesh)
+
+
 def process_row_shard(mesh: Mesh) -> tuple[int, int]:
     """(index, count): of a batch cut into `count` equal parts, this process's devices hold part `index`.
 

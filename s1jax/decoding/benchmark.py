@@ -23,7 +23,7 @@ from s1jax.decoding.pages import full_table
 from s1jax.decoding.sampling import Sampling
 from s1jax.decoding.workload import picture, run_workload
 from s1jax.device_memory import peak_resident_bytes
-from s1jax.mesh import batch_shards
+from s1jax.mesh import batch_shards, divisible_rows
 from s1jax.model import cpu_kernel
 from s1jax.model.hf import load_params, resolve_model
 from s1jax.model.load import LoadedModel, inference_model
@@ -146,7 +146,7 @@ def _measured(config: BenchmarkConfig) -> Row:
 def _measure(loaded: LoadedModel, config: BenchmarkConfig, batch_size: int, copy: float) -> Measurement:
     section, model = config.benchmark, loaded.model
     shards = batch_shards(loaded.mesh)
-    batch = batch_size + -batch_size % shards
+    batch = divisible_rows(batch_size, loaded.mesh)
     total = section.prompt_length + section.new_tokens
     per_row = num_pages(total + STEPS_PER_CHUNK)
     table = full_table(shards, batch, per_row)

@@ -1,5 +1,6 @@
 """The keys and values of a batch's rows: memory is claimed once, and rows are given pages of it as they grow."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ from s1jax.decoding.pages import PagePool
 from s1jax.device_memory import GIB, free_bytes
 from s1jax.mesh import batch_shards
 from s1jax.model.load import LoadedModel
-from s1jax.model.paged_attention import PAGE, UNUSED_PAGE, KVCache, cached_heads, choose_paged, num_pages
+from s1jax.model.paged_attention import PAGE, UNUSED_PAGE, KVCache, cache_shape, choose_paged, num_pages
 from s1jax.processes import agree_least
 
 SHORTEST_PROMPT, _SHORTEST_ROW = 64, 128
@@ -67,9 +68,8 @@ class PagedCache:
     def _allowed(self, limit: int) -> int:
         """Pages of a shard that the devices' memory has room for, with rows of up to `limit` tokens."""
         model, mesh = self._loaded.model, self._loaded.mesh
-        config, tensor = model.config, mesh.shape["tensor"]
-        heads = cached_heads(config.num_key_value_heads, tensor) // tensor
-        size = 2 * config.num_hidden_layers * heads * PAGE * config.head_dim * np.dtype(model.dtype).itemsize
+        values = math.prod(cache_shape(model.config, 1, mesh.shape["tensor"])) // mesh.shape["tensor"]
+        size = 2 * model.config.num_hidden_layers * values * np.dtype(model.dtype).itemsize
         where = mesh.devices.flat[0].platform
         share = _SHARE_OF_FREE_MEMORY.get(where, 0.8)
         pages = min(int(share * free_bytes(device)) // size for device in mesh.local_devices)
@@ -81,7 +81,7 @@ class PagedCache:
 
     def admits(self, row: int, tokens: int) -> bool:
         """Whether an empty row could take so many tokens, and each other row of its shard one page more."""
-        beside = sum(bool(self._pages[other]) for other in self._neighbours(row))
+        beside = sum(bool(self._pages[other]) for other in self.neighbours(row))
         return num_pages(tokens) + beside <= self._pool(row).num_free
 
     def begin(self, row: int, context_ids: tuple[int, ...], tokens: int, *, is_prompt: bool) -> None:
@@ -89,7 +89,7 @@ class PagedCache:
 
         What is not a prompt is computed for this row alone.
         """
-        alike = (other for other in self._neighbours(row) if self._prompts[other] == context_ids)
+        alike = (other for other in self.neighbours(row) if self._prompts[other] == context_ids)
         donor = next(alike, None) if is_prompt and self._share else None
         whole = (len(context_ids) - 1) // PAGE
         if donor is not None:
@@ -168,8 +168,8 @@ class PagedCache:
     def _pool(self, row: int) -> PagePool:
         return self._pools[row // self._per_shard]
 
-    def _neighbours(self, row: int) -> range:
-        """The rows of the same shard."""
+    def neighbours(self, row: int) -> range:
+        """The rows of the same shard, itself among them."""
         first = row - row % self._per_shard
         return range(first, first + self._per_shard)
 

@@ -30,7 +30,7 @@ from s1jax.decoding.requests import Request, longest_context, problem_of
 from s1jax.decoding.results import Finished, Progress, generation_of, under
 from s1jax.decoding.sampling import Sampling, request_key
 from s1jax.decoding.slot import Slot, put_rows, state_of, take_rows
-from s1jax.mesh import batch_shards
+from s1jax.mesh import batch_shards, divisible_rows
 from s1jax.model import cpu_kernel
 from s1jax.model.load import LoadedModel
 
@@ -88,8 +88,7 @@ class Engine:
         """
         self._loaded, self._tokenizer, self._profile = loaded, tokenizer, profile
         self._sampling, self._seed, self._logprobs, self._share = sampling, seed, logprobs, share
-        self._shards = batch_shards(loaded.mesh)
-        self._batch = batch_size + -batch_size % self._shards
+        self._batch = divisible_rows(batch_size, loaded.mesh)
         self._context = loaded.model.config.max_position_embeddings
         self._waiting: OrderedDict[Hashable, list[Request]] = OrderedDict()
         """Those that may follow each other in a row, by what they have in common."""
@@ -178,6 +177,7 @@ class Engine:
                 self._admit_waiting(tables)
                 self._make_room()
                 order = self._order()
+                rows = take_rows(self._rows, order)
                 assert self._cache.arrays is not None
                 self._cache.arrays, state, last_token, chunk = decode_chunk(
                     self._loaded.model,
@@ -188,7 +188,7 @@ class Engine:
                     tables.shared,
                     self._cache.arrays,
                     self._cache.table(order, max(self._ahead(row) for row in order if self._groups[row])),
-                    take_rows(self._rows, order),
+                    rows,
                 )
                 state, last_token, chunk = to_host((state, last_token, chunk))
         except JaxRuntimeError as error:
@@ -199,7 +199,7 @@ class Engine:
                 f"out of device memory with {self._batch} rows of up to {self._limit} tokens in {layers} layers: "
                 "lower cache.tokens, batch_size, budget.max_thinking_tokens or max_total_tokens, or raise mesh.tensor"
             ) from error
-        put_rows(self._rows, order, take_rows(self._rows, order)._replace(state=state, last_token=last_token))
+        put_rows(self._rows, order, rows._replace(state=state, last_token=last_token))
         events: list[Progress | Finished] = []
         for column, row in enumerate(order):
             if self._groups[row]:
@@ -286,10 +286,8 @@ class Engine:
         by_age = sorted((group[0].age, row) for row, group in enumerate(self._groups) if group)
         for _, row in by_age:
             while self._groups[row] and not self._cache.extend(row, self._ahead(row)):
-                same_shard = [
-                    other for _, other in by_age if self._groups[other] and self._shard(other) == self._shard(row)
-                ]
-                self._put_back(same_shard[-1])
+                beside = self._cache.neighbours(row)
+                self._put_back([other for _, other in by_age if self._groups[other] and other in beside][-1])
 
     def _put_back(self, row: int) -> None:
         """Have the request of a row wait, with what it has decoded, before all others."""
@@ -309,12 +307,9 @@ class Engine:
         assert length <= limit, "a row has outgrown its pages"
         return min(length + STEPS_PER_CHUNK, limit)
 
-    def _shard(self, row: int) -> int:
-        return row * self._shards // self._batch
-
     def _order(self) -> list[int]:
         """The rows to compute: all, or on a CPU, where each costs, a quarter as often as that holds those at work."""
-        free = np.array([not group for group in self._groups]).reshape(self._shards, -1)
+        free = np.array([not group for group in self._groups]).reshape(batch_shards(self._loaded.mesh), -1)
         size = free.shape[1]
         if cpu_kernel.available(self._loaded.model.dtype):
             while size > 1 and (~free).sum() <= max(1, size // 4):
@@ -335,11 +330,11 @@ class Engine:
 
     def compilations(self, requests: Sequence[Request]) -> int:
         """At most how many programs these requests need, submitted together."""
-        prompts = {bucket(len(r.prompt.prompt_ids), self._context, SHORTEST_PROMPT) for r in requests}
         longest = bucket(max(self._limit_of(r) for r in requests), self._context)
+        lengths = range(min(len(r.prompt.prompt_ids) for r in requests), longest + 1)
         # Those that wait again are prefilled with what they have decoded.
-        prompts |= {bucket(n, self._context, SHORTEST_PROMPT) for n in range(min(prompts), longest + 1)}
-        widths = {bucket(n, self._context) for n in range(min(prompts), longest + 1)}
+        prompts = {bucket(n, self._context, SHORTEST_PROMPT) for n in lengths}
+        widths = {bucket(n, self._context) for n in lengths}
         sizes = {max(1, self._batch >> shift) for shift in range(0, self._batch.bit_length() + 1, 2)}
         # A cache, a copy of pages, prefills, and decode loops for some of the rows or for some widths of their table.
         return 2 + len(prompts) + max(len(widths), len(sizes))

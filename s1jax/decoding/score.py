@@ -15,7 +15,7 @@ from s1jax.config import ScoreConfig
 from s1jax.decoding.finite import NonFiniteError
 from s1jax.decoding.hosts import Row, SharedOutput, same_command, start_hosts, to_host
 from s1jax.jsonl import InputError, Problem, read_jsonl
-from s1jax.mesh import MESH_AXES, constrain
+from s1jax.mesh import constrain, divisible_rows
 from s1jax.model.config import QwenConfig
 from s1jax.model.fingerprint import fingerprint
 from s1jax.model.hf import resolve_model
@@ -112,8 +112,7 @@ def score_rows(
     NonFiniteError with the row's name (default: its number) where the model's scores are NaN or infinite.
     """
     names = names or [f"row {i}" for i in range(len(rows))]
-    shards = loaded.mesh.shape[MESH_AXES[0]] * loaded.mesh.shape[MESH_AXES[1]]
-    batch_size += -batch_size % shards
+    batch_size = divisible_rows(batch_size, loaded.mesh)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     results: list[dict[str, Any]] = [{} for _ in rows]
     for start in range(0, len(order), batch_size):

@@ -13,7 +13,7 @@ from s1jax.decoding.profiles import ProfileIds, load_profile, profile_of_model
 from s1jax.decoding.requests import Request, problem_of
 from s1jax.decoding.sampling import Sampling
 from s1jax.jsonl import LISTED_PROBLEMS, InputError
-from s1jax.mesh import batch_shards
+from s1jax.mesh import batch_shards, divisible_rows
 from s1jax.model.config import QwenConfig
 from s1jax.model.hf import check_sizes, resolve_model
 from s1jax.model.load import load_model
@@ -90,10 +90,9 @@ def rows_of(batch_size: int | Literal["auto"], mesh: Mesh, num_requests: int = s
     work; a CPU's grows with each. Not more than there are requests, as a power of two, so that a few requests more or
     less are no other programs.
     """
-    shards = batch_shards(mesh)
-    most = shards * _ROWS_PER_SHARD.get(mesh.devices.flat[0].platform, 64)
+    most = batch_shards(mesh) * _ROWS_PER_SHARD.get(mesh.devices.flat[0].platform, 64)
     rows = min(most, _power_of_two(num_requests)) if batch_size == "auto" else batch_size
-    return rows + -rows % shards
+    return divisible_rows(rows, mesh)
 
 
 def _power_of_two(least: int) -> int:

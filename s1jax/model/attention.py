@@ -51,7 +51,7 @@ def attention(
     Hopper on) for GPU, "splash" for TPU; "auto" takes the best that applies.
     Raises ValueError where an implementation named outright does not apply.
     """
-    key, value = _repeat_for_tensor_axis(key, 2), _repeat_for_tensor_axis(value, 2)
+    key, value = _repeat_for_tensor_axis(key), _repeat_for_tensor_axis(value)
     name = implementation
     if name == "auto":
         lengths_known = segment_ids is None or segment_lengths is not None
@@ -78,10 +78,10 @@ def choose(length: int, dtype: DTypeLike, *, packed: bool, lengths_known: bool) 
     return "plain" if length <= _SHORT else "chunked"
 
 
-def _repeat_for_tensor_axis(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+def _repeat_for_tensor_axis(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Repeat key/value heads until each tensor shard has one, where there are fewer of them than shards."""
     shards = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
-    return jnp.repeat(x, shards // x.shape[axis], axis=axis) if shards > x.shape[axis] else x
+    return jnp.repeat(x, shards // x.shape[2], axis=2) if shards > x.shape[2] else x
 
 
 def _chunk_length(query: Heads) -> int:

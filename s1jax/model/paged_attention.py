@@ -18,6 +18,7 @@ from s1jax.config import Implementation
 from s1jax.mesh import LOGICAL_AXES, platform
 from s1jax.model import cpu_kernel
 from s1jax.model.accelerator_attention import KeyValueHeads, cudnn_paged_attention, tpu_paged_attention
+from s1jax.model.config import QwenConfig
 from s1jax.model.projection import precision_of
 
 PAGE = 64
@@ -53,9 +54,12 @@ def num_pages(tokens: int) -> int:
     return -(-tokens // PAGE)
 
 
-def cached_heads(num_kv_heads: int, tensor: int) -> int:
-    """Heads of a cache: where there are fewer than shards of the tensor axis, each shard has its own copy of one."""
-    return max(num_kv_heads, tensor)
+def cache_shape(config: QwenConfig, pages: int, tensor: int) -> tuple[int, int, int, int]:
+    """Of one layer's keys or values, on all devices together.
+
+    Where there are fewer heads than shards of the tensor axis, each shard has its own copy of one.
+    """
+    return max(config.num_key_value_heads, tensor), pages, PAGE, config.head_dim
 
 
 def write(
@@ -121,11 +125,8 @@ def paged_attention(
     heads, head_dim = cache.keys.shape[0], query.shape[-1]
     grouped = query.reshape(query.shape[0], heads, -1, head_dim)
     kernel = KERNELS.get(choose_paged(query.dtype, head_dim) if implementation == "auto" else implementation, _gathered)
-    attend = _on_shards(
-        lambda query, *rest: kernel(query, LayerCache(*rest[:2]), *rest[2:]),
-        (PartitionSpec(_BATCH, _TENSOR), _CACHE, _CACHE, _ROWS, _ROWS),
-        PartitionSpec(_BATCH, _TENSOR),
-    )
+    rows = PartitionSpec(_BATCH, _TENSOR)
+    attend = _on_shards(kernel, (rows, _CACHE, _CACHE, _ROWS, _ROWS), rows)
     return attend(grouped, *cache, table, last).astype(query.dtype).reshape(query.shape)
 
 
@@ -150,12 +151,13 @@ def _on_shards(function: Callable[..., Any], in_specs: tuple[PartitionSpec, ...]
 
 
 def _gathered(
-    query: Float[Array, "batch kv_heads queries head_dim"], cache: LayerCache, table: PageTable, last: Array
+    query: Float[Array, "batch kv_heads queries head_dim"], keys: Pages, values: Pages, table: PageTable, last: Array
 ) -> Float[Array, "batch kv_heads queries head_dim"]:
     """The formula, over a copy of the pages."""
     head_dim = query.shape[-1]
     # (heads, rows, pages, slots, head_dim) to (rows, heads, slots of all pages, head_dim)
-    keys, values = (x[:, table].swapaxes(0, 1).reshape(*table.shape[:1], x.shape[0], -1, head_dim) for x in cache)
+    gathered = (x[:, table].swapaxes(0, 1) for x in (keys, values))
+    keys, values = (x.reshape(*x.shape[:2], -1, head_dim) for x in gathered)
     product = partial(jnp.einsum, precision=precision_of(query), preferred_element_type=jnp.float32)
     scores = product("bkgd,bksd->bkgs", query, keys) * head_dim**-0.5
     seen = jnp.arange(keys.shape[2]) <= last[:, None, None, None]
@@ -169,17 +171,12 @@ def _gathered(
     return context / total
 
 
-def _kernel(query: Array, cache: LayerCache, table: PageTable, last: Array) -> Array:
-    scaled = query.astype(jnp.float32) * query.shape[-1] ** -0.5
-    return cpu_kernel.attend(scaled, *cache, table, last)
+def _kernel(query: Array, keys: Pages, values: Pages, table: PageTable, last: Array) -> Array:
+    return cpu_kernel.attend(query.astype(jnp.float32) * query.shape[-1] ** -0.5, keys, values, table, last)
 
 
-def _cudnn(query: Array, cache: LayerCache, table: PageTable, last: Array) -> Array:
-    return cudnn_paged_attention(query, *cache, table, last)
-
-
-def _tpu(query: Array, cache: LayerCache, table: PageTable, last: Array) -> Array:
-    return tpu_paged_attention(query, *cache, table, last)
-
-
-KERNELS: dict[str, Callable[..., Array]] = {"kernel": _kernel, "cudnn": _cudnn, "splash": _tpu}
+KERNELS: dict[str, Callable[..., Array]] = {
+    "kernel": _kernel,
+    "cudnn": cudnn_paged_attention,
+    "splash": tpu_paged_attention,
+}

@@ -24,11 +24,10 @@ from s1jax.model.config import QwenConfig
 from s1jax.model.gates_and_norms import gated, normalised
 from s1jax.model.paged_attention import (
     CACHE_AXES,
-    PAGE,
     KVCache,
     LayerCache,
     PageTable,
-    cached_heads,
+    cache_shape,
     paged_attention,
     write,
 )
@@ -292,14 +291,12 @@ class Qwen:
 
     def init_cache(self, pages: int) -> KVCache:
         """An empty cache of so many pages, those and heads spread over the mesh in use."""
-        config = self.config
-        tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
-        shape = (cached_heads(config.num_key_value_heads, tensor), pages, PAGE, config.head_dim)
+        shape = cache_shape(self.config, pages, jax.sharding.get_abstract_mesh().shape.get("tensor", 1))
 
         def empty() -> Array:
             return constrain(jnp.zeros(shape, self.dtype), *CACHE_AXES)
 
-        return tuple(LayerCache(empty(), empty()) for _ in range(config.num_hidden_layers))
+        return tuple(LayerCache(empty(), empty()) for _ in range(self.config.num_hidden_layers))
 
     def hidden_states(
         self,

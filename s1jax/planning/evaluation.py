@@ -28,6 +28,7 @@ from s1jax.planning.cli import DOES_NOT_FIT
 from s1jax.planning.generation import GenerationPlan, plan_generation
 from s1jax.planning.hardware import PlanError, Target, parse_target
 from s1jax.planning.lengths import log_normal
+from s1jax.planning.report import device_hours
 from s1jax.planning.training import resolve_architecture
 
 _MARGIN = 2 * GIB
@@ -70,8 +71,7 @@ def plan(config: EvaluateConfig) -> int:
     step = _plan_step(config, target, longest)
     prefill = 2 * matmul_parameters(architecture) / config.plan.efficiency / target.hardware.peak_flops
     prefill /= target.num_devices // step.copies
-    tokens = (step.pool_tokens // PAGE) * PAGE
-    if tokens < longest:
+    if step.pool_tokens < longest:
         print(f"{target}: a row of {longest} tokens does not fit")
         return DOES_NOT_FIT
     share = -(-len(groups) // step.copies)
@@ -85,7 +85,7 @@ def plan(config: EvaluateConfig) -> int:
 
     ours, theirs = (
         simulate(groups[:share], step.rows, pages, seconds_by(step, count), prefill)
-        for count, pages in ((live, tokens // PAGE), (padded, step.rows * num_pages(longest)))
+        for count, pages in ((live, step.pool_tokens // PAGE), (padded, step.rows * num_pages(longest)))
     )
     print(_describe(config.plan, target, step, ours, theirs, held, source))
     if config.plan.output:
@@ -162,7 +162,6 @@ def simulate(
             row.held = max(row.held, row.needed)
             while _held(at_work) > pages:
                 waiting.appendleft(at_work.pop())
-                waiting[0].held = 0
                 put_back += 1
         contexts = [row.group[0][0] + min(STEPS_PER_CHUNK, row.group[0][1]) // 2 for row in at_work]
         seconds += STEPS_PER_CHUNK * seconds_of_step(contexts)
@@ -276,17 +275,13 @@ def _describe(
     held: int,
     source: str,
 ) -> str:
-    hours = ours.seconds / 3600
-    price = section.price_per_device_hour
-    device_hours = hours * target.num_devices
-    cost = "" if price is None else f", {device_hours * price:.2f} at {price:g} a device-hour"
     copies = f", in each of {step.copies} copies" if step.copies > 1 else ""
     return "\n".join(
         [
             f"{target}: {step.rows} rows, {step.pool_tokens:,} tokens of cache{copies}; "
             f"weights {step.memory.parameters / GIB:.1f} + cache {step.memory.batch / GIB:.1f} of "
             f"{step.usable_bytes / GIB:.1f} GiB",
-            f"{hours:.2f} hours, {device_hours:.2f} device-hours{cost}: {ours.steps:,} steps of "
+            f"{ours.seconds / 3600:.2f} hours, {device_hours(ours.seconds, section, target)}: {ours.steps:,} steps of "
             f"{1000 * ours.seconds / ours.steps:.2f} ms, {ours.decoded_tokens / ours.seconds:,.0f} tokens/s",
             f"decoded {ours.decoded_tokens:,} tokens, of {held:,} that all runs hold"
             + (", by one copy" if step.copies > 1 else ""),

@@ -21,7 +21,7 @@ from s1jax.decoding.setup import rows_of, sampling_of
 from s1jax.device_memory import GIB
 from s1jax.mesh import batch_shards, device_bytes, make_mesh, named_sharding
 from s1jax.model.load import build_model
-from s1jax.model.paged_attention import CACHE_AXES, PAGE, KVCache, LayerCache, cached_heads, num_pages
+from s1jax.model.paged_attention import CACHE_AXES, PAGE, KVCache, LayerCache, cache_shape, num_pages
 from s1jax.model.placement import Machine, decoding_mesh_sizes
 from s1jax.model.qwen import Qwen
 from s1jax.paths import any_path, write_whole
@@ -216,10 +216,9 @@ def plan_generation(config: GenerateConfig, target: Target, devices: Sequence[ja
 
 
 def _abstract_cache(model: Qwen, mesh: Mesh, pages: int) -> KVCache:
-    config = model.config
-    shape = (cached_heads(config.num_key_value_heads, mesh.shape["tensor"]), pages, PAGE, config.head_dim)
+    shape = cache_shape(model.config, pages, mesh.shape["tensor"])
     leaf: Any = jax.ShapeDtypeStruct(shape, model.dtype, sharding=named_sharding(mesh, CACHE_AXES, shape))
-    return (LayerCache(leaf, leaf),) * config.num_hidden_layers
+    return (LayerCache(leaf, leaf),) * model.config.num_hidden_layers
 
 
 def _abstract_shared(vocab_size: int) -> Shared:

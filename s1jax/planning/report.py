@@ -76,15 +76,19 @@ def _storage(storage: Storage) -> list[str]:
     ]
 
 
+def device_hours(seconds: float, section: PlanSection, target: Target) -> str:
+    """What so long on all devices comes to, and costs if a price is known."""
+    hours, price = seconds / 3600 * target.num_devices, section.price_per_device_hour
+    cost = "" if price is None else f", {hours * price:.2f} at {price:g} a device-hour"
+    return f"{hours:.2f} device-hours{cost}"
+
+
 def assumptions(section: PlanSection, target: Target, plan: TrainingPlan) -> str:
     """What the run costs, and all that the figures rest on."""
-    hours = plan.run_seconds / 3600 * target.num_devices
-    price = section.price_per_device_hour
-    cost = "" if price is None else f", {hours * price:.2f} at {price:g} a device-hour"
     hardware = target.hardware
     return "\n".join(
         [
-            f"{hours:.2f} device-hours{cost}",
+            device_hours(plan.run_seconds, section, target),
             f"assumed: matrix products and attention kernels at {section.efficiency:.0%} of "
             f"{hardware.peak_flops / 1e12:.0f} TFLOP/s; memory at {hardware.memory_bandwidth / 1e12:.2f} TB/s; "
             f"links at {hardware.link_bandwidth / 1e9:.0f} GB/s in a host or slice and "

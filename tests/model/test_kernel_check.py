@@ -57,15 +57,15 @@ def test_a_wrong_kernel_is_said_and_not_used(
     assert checked(model, gradients=True).attention == "chunked"
 
 
-def skips_a_page(query, cache, table, last):
-    return _gathered(query, cache, table.at[:, 1].set(table[:, 0]), last)
+def skips_a_page(query, keys, values, table, last):
+    return _gathered(query, keys, values, table.at[:, 1].set(table[:, 0]), last)
 
 
-def sees_one_more(query, cache, table, last):
-    return _gathered(query, cache, table, last + 1)
+def sees_one_more(query, keys, values, table, last):
+    return _gathered(query, keys, values, table, last + 1)
 
 
-def refuses(query, cache, table, last):
+def refuses(query, keys, values, table, last):
     raise NotImplementedError("not on this device")
 
 

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from s1jax.mesh import batch_shards, make_mesh
 from s1jax.model import cpu_kernel
 from s1jax.model.accelerator_attention import cudnn_paged_attention
-from s1jax.model.paged_attention import PAGE, LayerCache, cached_heads, num_pages, paged_attention, write
+from s1jax.model.paged_attention import PAGE, LayerCache, num_pages, paged_attention, write
 from tests.reference.attention import reference_attention
 
 
@@ -31,7 +31,7 @@ def filled(rng, mesh, lengths: list[int], shape: tuple[int, int, int], dtype=jnp
             for page in range(num_pages(lengths[row])):
                 table[row, page] = next(free)
     # Nothing that no row has is ever looked at.
-    pages = (cached_heads(kv_heads, mesh.shape["tensor"]), shards * (per_shard * width + 1), PAGE, head_dim)
+    pages = (max(kv_heads, mesh.shape["tensor"]), shards * (per_shard * width + 1), PAGE, head_dim)
     cache = LayerCache(jnp.full(pages, jnp.nan, dtype), jnp.full(pages, jnp.nan, dtype))
     # Several tokens first, and what is left one at a time.
     begun = min(lengths) // 2 + 1
