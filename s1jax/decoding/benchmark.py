@@ -20,6 +20,7 @@ from s1jax.decoding.engine import STEPS_PER_CHUNK
 from s1jax.decoding.hosts import Hosts, Row, SharedOutput, same_command, start_hosts
 from s1jax.decoding.loop import Rows, Shared, decode_chunk, empty_cache, prefill
 from s1jax.decoding.pages import full_table
+from s1jax.decoding.prefill_queue import PIECE
 from s1jax.decoding.sampling import Sampling
 from s1jax.decoding.workload import picture, run_workload
 from s1jax.device_memory import peak_resident_bytes
@@ -155,8 +156,11 @@ def _measure(loaded: LoadedModel, config: BenchmarkConfig, batch_size: int, copy
 
     def fill() -> KVCache:
         cache = empty_cache(model, shards + batch * per_row)
-        for of_shards in np.swapaxes(table.reshape(shards, -1, per_row), 0, 1)[:, :, : num_pages(len(prompt))]:
-            cache = prefill(model, loaded.params, cache, np.tile(prompt, (shards, 1)), of_shards)
+        for of_shards in np.swapaxes(table.reshape(shards, -1, per_row), 0, 1):
+            for first in range(0, len(prompt), PIECE):
+                piece = np.tile(prompt[first : first + PIECE], (shards, 1))
+                own = of_shards if first else of_shards[:, : num_pages(piece.shape[1])]
+                cache = prefill(model, loaded.params, cache, piece, np.full(shards, first, np.int32), own)
         return jax.block_until_ready(cache)
 
     def decode(cache: KVCache, rows: Rows, steps: int) -> tuple[KVCache, Rows]:

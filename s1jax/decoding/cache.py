@@ -2,19 +2,20 @@
 
 import math
 from collections.abc import Sequence
+from operator import itemgetter
 
 import numpy as np
 from jaxtyping import Int
 
 from s1jax.decoding.loop import copy_pages, empty_cache, prefill
-from s1jax.decoding.pages import PagePool
+from s1jax.decoding.pages import PagePool, bucket
+from s1jax.decoding.prefill_queue import PIECE, Piece, PrefillQueue
 from s1jax.device_memory import GIB, free_bytes
 from s1jax.mesh import batch_shards
 from s1jax.model.load import LoadedModel
 from s1jax.model.paged_attention import PAGE, UNUSED_PAGE, KVCache, cache_shape, choose_paged, num_pages
 from s1jax.processes import agree_least
 
-SHORTEST_PROMPT, _SHORTEST_ROW = 64, 128
 _SHARE_OF_FREE_MEMORY = {"cpu": 0.25}
 """How much of what is free a cache may take by itself; by platform, 0.8 of an accelerator's."""
 _MOST_ON_CPU = 2 * GIB
@@ -32,7 +33,7 @@ class PagedCache:
     def __init__(self, loaded: LoadedModel, batch: int, tokens: int | None, *, share: bool):
         """Nothing is claimed yet. `tokens` are the most of all rows together; None: what the device's memory allows.
 
-        With `share`, rows whose prompts are the same use the same pages for them.
+        With `share`, rows whose contexts begin alike use the same pages for what they have in common.
         """
         self._loaded, self._share = loaded, share
         self._shards = batch_shards(loaded.mesh)
@@ -41,11 +42,10 @@ class PagedCache:
         self._most = num_pages(-(-tokens // self._shards)) if tokens else None
         self._pools: list[PagePool] = []
         self._pages: list[list[int]] = [[] for _ in range(batch)]
-        self._prompts: list[tuple[int, ...]] = [()] * batch
-        """What each row began with, and was prefilled with alone."""
-        self._to_prefill: list[tuple[int, tuple[int, ...]]] = []
-        self._to_copy: list[tuple[int, int, int]] = []
-        """Shard, and the pages from and to."""
+        self._beginnings: list[tuple[int, ...]] = [()] * batch
+        """Of each row's context, what others may share: it is never written to again, but for its last token."""
+        self._queues: list[PrefillQueue] = []
+        """Of each shard."""
         self.asked = self.limit = 0
         """Tokens that memory was claimed for in a row, and that a row may grow to."""
         self.arrays: KVCache | None = None
@@ -63,6 +63,7 @@ class PagedCache:
         pages = min(most, self._allowed(limit) if self._most is None else self._most)
         self.asked, self.limit = limit, min(limit, pages * PAGE)
         self._pools = [PagePool(pages + 1) for _ in range(self._shards)]
+        self._queues = [PrefillQueue(pool) for pool in self._pools]
         self.arrays = empty_cache(self._loaded.model, self._shards * (pages + 1))
 
     def _allowed(self, limit: int) -> int:
@@ -84,25 +85,41 @@ class PagedCache:
         beside = sum(bool(self._pages[other]) for other in self.neighbours(row))
         return num_pages(tokens) + beside <= self._pool(row).num_free
 
-    def begin(self, row: int, context_ids: tuple[int, ...], tokens: int, *, is_prompt: bool) -> None:
-        """Give an empty row its context, and pages for so many tokens, which it has room for; `fill` computes them.
-
-        What is not a prompt is computed for this row alone.
-        """
-        alike = (other for other in self.neighbours(row) if self._prompts[other] == context_ids)
-        donor = next(alike, None) if is_prompt and self._share else None
-        whole = (len(context_ids) - 1) // PAGE
-        if donor is not None:
-            self._pages[row] = self._pages[donor][:whole]
-            self._pool(row).share(self._pages[row])
+    def begin(self, row: int, context_ids: tuple[int, ...], tokens: int, *, prompt_length: int) -> None:
+        """Give an empty row its context, and pages for so many tokens, which it has room for; `fill` computes them."""
+        beginning = context_ids
+        if prompt_length < len(context_ids):
+            # It may go back to where its prompt ends, and the last piece of that was computed with what follows.
+            beginning = context_ids[: (prompt_length - 1) // PIECE * PIECE + 1]
+        donor, shared = self._donor(row, beginning)
+        pages = self._pages[row] = self._pages[donor][:shared]
+        self._pool(row).share(pages)
         has_room = self.extend(row, tokens)
         assert has_room
-        if donor is None:
-            self._to_prefill.append((row, context_ids))
-        else:
+        queue = self._queues[row // self._per_shard]
+        if self._beginnings[donor] == context_ids:
             # The page of the last token is written to: it is copied with what comes before in it.
-            self._to_copy.append((row // self._per_shard, self._pages[donor][whole], self._pages[row][whole]))
-        self._prompts[row] = context_ids if is_prompt else ()
+            queue.add_copy(row, self._pages[donor][shared], pages[shared])
+        else:
+            queue.add_context(row, context_ids, shared * PAGE, pages)
+        self._beginnings[row] = beginning
+
+    def _donor(self, row: int, beginning: tuple[int, ...]) -> tuple[int, int]:
+        """The row whose beginning has most in common with this one, and how many of its pages can be shared."""
+        donor, most = row, 0
+        # The page of the last token is written to by its row.
+        whole = (len(beginning) - 1) // PAGE
+        for other in self.neighbours(row) if self._share else ():
+            theirs = self._beginnings[other]
+            if theirs == beginning:
+                return other, whole
+            pieces = 0
+            while (end := (pieces + 1) * PIECE) < min(len(theirs), len(beginning)) and (
+                theirs[end - PIECE : end] == beginning[end - PIECE : end]
+            ):
+                pieces += 1
+            donor, most = max((donor, most), (other, pieces * num_pages(PIECE)), key=itemgetter(1))
+        return donor, most
 
     def extend(self, row: int, tokens: int) -> bool:
         """Give a row pages for so many tokens; False, and nothing is changed, if there are not enough."""
@@ -119,32 +136,39 @@ class PagedCache:
     def release(self, row: int) -> None:
         """Take back a row's pages."""
         self.shorten(row, 0)
-        self._prompts[row] = ()
+        self._beginnings[row] = ()
+        if self._queues:
+            self._queues[row // self._per_shard].drop(row)
 
-    def fill(self) -> None:
-        """Compute the keys and values of all contexts that were begun: in each shard one at a time."""
-        while self._to_prefill:
-            length = self._padded_length(self._to_prefill[0][1])
-            prompt_ids = np.zeros((self._shards, length), np.int32)
-            table = np.full((self._shards, num_pages(length)), UNUSED_PAGE, np.int32)
-            taken: set[int] = set()
-            left = []
-            for row, context_ids in self._to_prefill:
-                shard = row // self._per_shard
-                if shard in taken or self._padded_length(context_ids) != length:
-                    left.append((row, context_ids))
-                    continue
-                taken.add(shard)
-                prompt_ids[shard, : len(context_ids)] = context_ids
-                pages = self._pages[row][: num_pages(len(context_ids))]
-                table[shard, : len(pages)] = pages
-            self.arrays = prefill(self._loaded.model, self._loaded.params, self._claimed, prompt_ids, table)
-            self._to_prefill = left
-        for shard, source, target in self._to_copy:
-            pages_of_shards = np.full((2, self._shards), UNUSED_PAGE, np.int32)
-            pages_of_shards[:, shard] = source, target
-            self.arrays = copy_pages(self._claimed, *pages_of_shards)
-        self._to_copy = []
+    @property
+    def unfilled(self) -> set[int]:
+        """Rows whose contexts are not all computed."""
+        return {row for queue in self._queues for row in queue.rows}
+
+    def fill(self, most: int | None) -> None:
+        """Compute contexts that were begun, in each shard a piece at a time: so many tokens, with padding, or all."""
+        spent = 0
+        while any(self._queues) and (most is None or spent + PIECE <= most):
+            head = max(self._queues, key=len).head
+            if isinstance(head, Piece):
+                self._compute(head, [queue.take_like(head) for queue in self._queues])
+                spent += head.length
+            else:
+                copies = [queue.take_like(head) for queue in self._queues]
+                pages = [(copy.source, copy.target) if copy else (UNUSED_PAGE, UNUSED_PAGE) for copy in copies]
+                self.arrays = copy_pages(self._claimed, *np.array(pages, np.int32).T)
+
+    def _compute(self, like: Piece, pieces: Sequence[Piece | None]) -> None:
+        """Of each shard at most one piece, of the kind of this one."""
+        token_ids = np.zeros((self._shards, like.length), np.int32)
+        table = np.full((self._shards, num_pages(self.limit if like.first else like.length)), UNUSED_PAGE, np.int32)
+        first = np.zeros(self._shards, np.int32)
+        for shard, piece in enumerate(pieces):
+            if piece:
+                token_ids[shard, : len(piece.token_ids)] = piece.token_ids
+                table[shard, : len(piece.pages)] = piece.pages
+                first[shard] = piece.first
+        self.arrays = prefill(self._loaded.model, self._loaded.params, self._claimed, token_ids, first, table)
 
     def table(self, rows: Sequence[int], tokens: int) -> Int[np.ndarray, "rows row_pages"]:
         """The pages of these rows, of which none has more than so many tokens.
@@ -156,8 +180,11 @@ class PagedCache:
         width = num_pages(self.limit if kernel else bucket(tokens, self.limit))
         width += -width % _TABLE_STEP if kernel else 0
         table = np.full((len(rows), width), UNUSED_PAGE, np.int32)
-        for row, pages in zip(table, (self._pages[row] for row in rows), strict=True):
-            row[: len(pages)] = pages
+        unfilled = self.unfilled
+        for column, row in enumerate(rows):
+            # Nobody decodes in a row that is being filled, and what nobody writes is not for its pages.
+            if row not in unfilled:
+                table[column, : len(self._pages[row])] = self._pages[row]
         return table
 
     @property
@@ -172,16 +199,3 @@ class PagedCache:
         """The rows of the same shard, itself among them."""
         first = row - row % self._per_shard
         return range(first, first + self._per_shard)
-
-    def _padded_length(self, context_ids: Sequence[int]) -> int:
-        return bucket(len(context_ids), self._context, shortest=SHORTEST_PROMPT)
-
-
-def bucket(length: int, limit: int, shortest: int = _SHORTEST_ROW) -> int:
-    """The size of rows or padded prompts for this many tokens: a power of two or 3/4 of one, at most `limit`."""
-    size = shortest
-    while size < length:
-        size *= 2
-    if size > shortest and length <= size * 3 // 4:
-        size = size * 3 // 4
-    return min(size, limit)

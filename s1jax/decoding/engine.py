@@ -20,22 +20,26 @@ from s1jax.decoding.budget import (
     resolve_max_thinking_tokens,
     start_rows,
 )
-from s1jax.decoding.cache import SHORTEST_PROMPT, PagedCache, bucket
+from s1jax.decoding.cache import PagedCache
 from s1jax.decoding.finite import NonFiniteError
 from s1jax.decoding.forks import Fork, Rules, WaitTexts, fork
 from s1jax.decoding.hosts import to_host
 from s1jax.decoding.loop import Chunk, Rows, Shared, decode_chunk
+from s1jax.decoding.pages import bucket
+from s1jax.decoding.prefill_queue import PIECE, SHORTEST_PIECE
 from s1jax.decoding.profiles import ProfileIds
 from s1jax.decoding.requests import Request, longest_context, problem_of
 from s1jax.decoding.results import Finished, Progress, generation_of, under
 from s1jax.decoding.sampling import Sampling, request_key
-from s1jax.decoding.slot import Slot, put_rows, state_of, take_rows
+from s1jax.decoding.slot import Slot, columns, put_rows, state_of, take_rows
 from s1jax.mesh import batch_shards, divisible_rows
 from s1jax.model import cpu_kernel
 from s1jax.model.load import LoadedModel
 
 STEPS_PER_CHUNK = 32
 """Decode steps between two looks of the host at the rows."""
+_MOST_PREFILLED = 1024
+"""Tokens of contexts that are computed, in each shard, between two chunks while other rows are at work."""
 
 
 class OutOfMemoryError(RuntimeError):
@@ -95,7 +99,9 @@ class Engine:
         self._next_up: deque[list[Slot]] = deque()
         """Groups that come before those: they were at work already, or there was no page for them."""
         self._groups: list[list[Slot]] = [[] for _ in range(self._batch)]
-        """Of each row, the request that is at work there, and those that go on with its beginning."""
+        """Of each row, the request that it was given to, and those that go on with its beginning."""
+        self._beginning: set[int] = set()
+        """Rows whose requests have yet to come to work: their contexts are being computed."""
         self._waits: dict[tuple[str, ...], ThinkingBudget] = {}
         """Every list of wait texts that was ever submitted, in a budget that has it: rows point to their places."""
         self._tables: _Tables | None = None
@@ -117,7 +123,7 @@ class Engine:
     @property
     def occupancy(self) -> Occupancy:
         """What is held now."""
-        at_work = [row for row, group in enumerate(self._groups) if group]
+        at_work = self._at_work()
         return Occupancy(len(at_work), int(self._rows.state.length[at_work].sum()), *self._cache.size)
 
     def submit(self, request: Request) -> None:
@@ -176,7 +182,9 @@ class Engine:
                 tables = self._tables = self._tables or self._make_tables()
                 self._admit_waiting(tables)
                 self._make_room()
-                order = self._order()
+                at_work = self._at_work()
+                on_cpu = cpu_kernel.available(self._loaded.model.dtype)
+                order = columns(at_work, self._batch, batch_shards(self._loaded.mesh), fewer=on_cpu)
                 rows = take_rows(self._rows, order)
                 assert self._cache.arrays is not None
                 self._cache.arrays, state, last_token, chunk = decode_chunk(
@@ -187,7 +195,7 @@ class Engine:
                     self._loaded.params,
                     tables.shared,
                     self._cache.arrays,
-                    self._cache.table(order, max(self._ahead(row) for row in order if self._groups[row])),
+                    self._cache.table(order, max(map(self._ahead, at_work))),
                     rows,
                 )
                 state, last_token, chunk = to_host((state, last_token, chunk))
@@ -202,7 +210,7 @@ class Engine:
         put_rows(self._rows, order, rows._replace(state=state, last_token=last_token))
         events: list[Progress | Finished] = []
         for column, row in enumerate(order):
-            if self._groups[row]:
+            if row in at_work:
                 try:
                     events += self._events(row, column, chunk)
                 except NonFiniteError as error:
@@ -277,9 +285,17 @@ class Engine:
             self._groups[row] = self._next_up.popleft()
             self._admitted += 1
             slot.age = self._admitted
-            put_rows(self._rows, [row], slot.start)
-            self._cache.begin(row, slot.context_ids, tokens, is_prompt=not slot.output_ids)
-        self._cache.fill()
+            prompt_length = len(slot.request.prompt.prompt_ids)
+            self._cache.begin(row, slot.context_ids, tokens, prompt_length=prompt_length)
+            self._beginning.add(row)
+        self._cache.fill(_MOST_PREFILLED if self._at_work() else None)
+        for row in self._beginning - self._cache.unfilled:
+            put_rows(self._rows, [row], self._groups[row][0].start)
+            self._beginning.remove(row)
+
+    def _at_work(self) -> list[int]:
+        """The rows that a chunk decodes in."""
+        return [row for row, group in enumerate(self._groups) if group and row not in self._beginning]
 
     def _make_room(self) -> None:
         """See to it that every row has pages for a chunk; where there are not enough, the youngest wait again."""
@@ -291,31 +307,24 @@ class Engine:
 
     def _put_back(self, row: int) -> None:
         """Have the request of a row wait, with what it has decoded, before all others."""
-        self._groups[row][0].start = take_rows(self._rows, [row])
+        if row not in self._beginning:
+            self._groups[row][0].start = take_rows(self._rows, [row])
         self._next_up.appendleft(self._groups[row])
         self._clear(row)
 
     def _clear(self, row: int) -> None:
         """Nobody is in a row."""
         self._groups[row] = []
+        self._beginning.discard(row)
         self._cache.release(row)
         put_rows(self._rows, [row], self._nobody)
 
     def _ahead(self, row: int) -> int:
         """Tokens that a row may have after a chunk."""
-        length, limit = int(self._rows.state.length[row]), self._groups[row][0].limit
-        assert length <= limit, "a row has outgrown its pages"
-        return min(length + STEPS_PER_CHUNK, limit)
-
-    def _order(self) -> list[int]:
-        """The rows to compute: all, or on a CPU, where each costs, a quarter as often as that holds those at work."""
-        free = np.array([not group for group in self._groups]).reshape(batch_shards(self._loaded.mesh), -1)
-        size = free.shape[1]
-        if cpu_kernel.available(self._loaded.model.dtype):
-            while size > 1 and (~free).sum() <= max(1, size // 4):
-                size = max(1, size // 4)
-        first = np.arange(self._batch).reshape(free.shape)
-        return np.take_along_axis(first, np.argsort(free, axis=1, kind="stable"), axis=1)[:, :size].ravel().tolist()
+        slot = self._groups[row][0]
+        length = len(slot.context_ids) if row in self._beginning else int(self._rows.state.length[row])
+        assert length <= slot.limit, "a row has outgrown its pages"
+        return min(length + STEPS_PER_CHUNK, slot.limit)
 
     def _in_common(self, request: Request) -> Hashable:
         """What requests with the same draws that answer alike have in common."""
@@ -332,12 +341,12 @@ class Engine:
         """At most how many programs these requests need, submitted together."""
         longest = bucket(max(self._limit_of(r) for r in requests), self._context)
         lengths = range(min(len(r.prompt.prompt_ids) for r in requests), longest + 1)
-        # Those that wait again are prefilled with what they have decoded.
-        prompts = {bucket(n, self._context, SHORTEST_PROMPT) for n in lengths}
+        # Those that wait again are prefilled with what they have decoded. One program does all later pieces.
+        pieces = {bucket(n, PIECE, SHORTEST_PIECE) for n in lengths}
         widths = {bucket(n, self._context) for n in lengths}
         sizes = {max(1, self._batch >> shift) for shift in range(0, self._batch.bit_length() + 1, 2)}
         # A cache, a copy of pages, prefills, and decode loops for some of the rows or for some widths of their table.
-        return 2 + len(prompts) + max(len(widths), len(sizes))
+        return 2 + len(pieces) + (longest > PIECE) + max(len(widths), len(sizes))
 
     def _limit_of(self, request: Request) -> int:
         return longest_context(request, self._profile, self._context)

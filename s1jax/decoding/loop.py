@@ -59,16 +59,24 @@ def empty_cache(model: Qwen, pages: int) -> KVCache:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def prefill(
-    model: Qwen, params: Params, cache: KVCache, prompt_ids: Int[Any, "shards length"], table: PageTable
+    model: Qwen,
+    params: Params,
+    cache: KVCache,
+    token_ids: Int[Any, "shards length"],
+    first: Int[Any, " shards"],
+    table: PageTable,
 ) -> KVCache:
-    """The cache with one prompt for each shard of the batch, which computes its own, in the pages of the table.
+    """The cache with a piece of a context for each shard of the batch, which computes its own, in a row's pages.
 
-    Always one row, so that a row's numbers do not depend on those it came with. What padding leaves behind a prompt in
+    `first` is the position of each piece's first token, with which a page begins. If it is 0 in all, the table may have
+    pages for these tokens only, and attention then does not look for any before them.
+
+    Always one row, so that a row's numbers do not depend on those it came with. What padding leaves behind a piece in
     its last page is out of sight, and overwritten before the row gets there; what has no page is not kept.
     """
-    prompt_ids = constrain(jnp.asarray(prompt_ids), "batch", "length")
-    positions = jnp.broadcast_to(jnp.arange(prompt_ids.shape[1]), prompt_ids.shape)
-    _, filled = model.hidden_states(params, prompt_ids, positions, cache=cache, page_table=jnp.asarray(table))
+    token_ids = constrain(jnp.asarray(token_ids), "batch", "length")
+    positions = constrain(jnp.asarray(first)[:, None] + jnp.arange(token_ids.shape[1]), "batch", "length")
+    _, filled = model.hidden_states(params, token_ids, positions, cache=cache, page_table=jnp.asarray(table))
     assert filled is not None
     return filled
 

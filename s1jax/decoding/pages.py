@@ -7,6 +7,9 @@ from jaxtyping import Int
 
 from s1jax.model.paged_attention import UNUSED_PAGE
 
+SHORTEST_ROW = 128
+"""Tokens that a row has room for at least."""
+
 
 class PagePool:
     """The pages of one shard of the batch; UNUSED_PAGE is never given out."""
@@ -25,6 +28,10 @@ class PagePool:
     def num_used(self) -> int:
         """Pages that one row uses, or several."""
         return len(self._users)
+
+    def is_used(self, page: int) -> bool:
+        """Whether any row uses it."""
+        return page in self._users
 
     def take(self, count: int) -> list[int] | None:
         """So many free pages, for one row each; None, and nothing is taken, if there are fewer."""
@@ -46,6 +53,16 @@ class PagePool:
             if not self._users[page]:
                 del self._users[page]
                 self._free.append(page)
+
+
+def bucket(length: int, limit: int, shortest: int = SHORTEST_ROW) -> int:
+    """The size of rows or padded prompts for this many tokens: a power of two or 3/4 of one, at most `limit`."""
+    size = shortest
+    while size < length:
+        size *= 2
+    if size > shortest and length <= size * 3 // 4:
+        size = size * 3 // 4
+    return min(size, limit)
 
 
 def full_table(shards: int, rows: int, pages: int) -> Int[np.ndarray, "rows row_pages"]:

@@ -1,5 +1,7 @@
 """What the host keeps of a request while it is decoded, and the rows of a batch that it fills in."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 
@@ -59,6 +61,16 @@ class Slot:
             state.mask_end[0] = self.forced[-1]
             state.ends_in_newline[0] = ends_in_newline[self.output_ids[-1]]
             self.start.last_token[0] = self.output_ids[-1]
+
+
+def columns(at_work: Sequence[int], batch: int, shards: int, *, fewer: bool) -> list[int]:
+    """The rows to compute: all, or where each costs a quarter of each shard's, as often as those at work are so few."""
+    free = ~np.isin(np.arange(batch), at_work).reshape(shards, -1)
+    size = free.shape[1]
+    while fewer and size > 1 and len(at_work) <= max(1, size // 4):
+        size = max(1, size // 4)
+    first = np.arange(batch).reshape(free.shape)
+    return np.take_along_axis(first, np.argsort(free, axis=1, kind="stable"), axis=1)[:, :size].ravel().tolist()
 
 
 def take_rows(rows: Rows, which: list[int]) -> Rows:

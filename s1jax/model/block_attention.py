@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from s1jax.model.projection import precision_of
+
 BLOCK = 128
 """Tokens of a block: scores of one pair of blocks stay in a core's cache."""
-_MASKED = float(jnp.finfo(jnp.float32).min)
+MASKED = float(jnp.finfo(jnp.float32).min)
+"""The score of a key that is not seen: finite, so that a query that has seen no key yet is no NaN."""
 
 Queries = Float[Array, "blocks batch kv_heads rows head_dim"]
 """Scaled queries; the rows of a block are its tokens, for one head of the key/value head's group after the other."""
@@ -60,6 +63,26 @@ def _seen(segments: Segments, i: Int[Array, ""], j: Int[Array, ""]) -> Bool[Arra
     return causal & (segments[i][:, :, None] == segments[j][:, None, :])
 
 
+Sums = tuple[Float[Array, "*queries"], Float[Array, "*queries"], Float[Array, "*queries head_dim"]]
+"""Of some queries over a part of their keys: the largest score, and relative to it the sums of weights and values."""
+
+
+def no_blocks(shape: tuple[int, ...]) -> Sums:
+    """The sums of queries of this shape, heads' size last, that have seen no key."""
+    return jnp.full(shape[:-1], MASKED), jnp.zeros(shape[:-1]), jnp.zeros(shape)
+
+
+def add_block(sums: Sums, scores: Float[Array, "*queries keys"], value: Float[Array, "*rows keys head_dim"]) -> Sums:
+    """The sums with these keys as well."""
+    largest, total, context = sums
+    larger = jnp.maximum(largest, jnp.max(scores, axis=-1))
+    weights = jnp.exp(scores - larger[..., None])
+    shrink = jnp.exp(largest - larger)
+    total = total * shrink + jnp.sum(weights, axis=-1)
+    context = context * shrink[..., None] + _product(weights.astype(value.dtype), value)
+    return larger, total, context
+
+
 @jax.custom_vjp
 def _attend(query: Queries, key: Keys, value: Keys, segments: Segments) -> Queries:
     return _forward(query, key, value, segments)[0]
@@ -74,21 +97,12 @@ def _forward(
 
     def attend(i: Array) -> tuple[Array, Array]:
         def add(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            largest, total, context = carry
             scores = _product(query[i], key_columns[j])
             by_head = scores.reshape(*scores.shape[:2], -1, BLOCK, BLOCK)
-            # A finite mask value, so that a query that has seen no key yet is no NaN.
-            scores = jnp.where(_seen(segments, i, j)[:, None, None], by_head, _MASKED).reshape(scores.shape)
-            larger = jnp.maximum(largest, jnp.max(scores, axis=-1))
-            weights = jnp.exp(scores - larger[..., None])
-            shrink = jnp.exp(largest - larger)
-            total = total * shrink + jnp.sum(weights, axis=-1)
-            context = context * shrink[..., None] + _product(weights.astype(value.dtype), value[j])
-            return larger, total, context
+            scores = jnp.where(_seen(segments, i, j)[:, None, None], by_head, MASKED).reshape(scores.shape)
+            return add_block(carry, scores, value[j])
 
-        per_query = query.shape[1:4]
-        start = (jnp.full(per_query, _MASKED), jnp.zeros(per_query), jnp.zeros(query.shape[1:]))
-        largest, total, context = jax.lax.fori_loop(first[i], i + 1, add, start)
+        largest, total, context = jax.lax.fori_loop(first[i], i + 1, add, no_blocks(query.shape[1:]))
         return (context / total[..., None]).astype(query.dtype), largest + jnp.log(total)
 
     out, normaliser = jax.lax.map(attend, jnp.arange(query.shape[0]))
@@ -128,7 +142,7 @@ def _backward(
 
 
 def _product(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, preferred_element_type=jnp.float32)
+    return jnp.matmul(left, right, precision=precision_of(left), preferred_element_type=jnp.float32)
 
 
 _attend.defvjp(_forward, _backward)

@@ -102,12 +102,12 @@ def paged_error(
         row[: num_pages(length)] = [next(free) for _ in range(num_pages(length))]
     shape = (sizes.kv_heads, pages + 1, PAGE, sizes.head_dim)
     keys = jax.random.split(jax.random.key(0), 3)
-    query = jax.random.normal(keys[0], (len(lengths), sizes.heads, sizes.head_dim), dtype)
+    query = jax.random.normal(keys[0], (len(lengths), 1, sizes.heads, sizes.head_dim), dtype)
     cache = LayerCache(*(jax.random.normal(key, shape, dtype) for key in keys[1:]))
     last = jnp.asarray(lengths, jnp.int32) - 1
 
     def run(query: jax.Array, cache: LayerCache, name: Implementation) -> jax.Array:
-        return jax.jit(partial(paged_attention, implementation=name))(query, cache, jnp.asarray(table), last)
+        return jax.jit(partial(paged_attention, implementation=name))(query, cache, jnp.asarray(table), last[:, None])
 
     right = run(query.astype(jnp.float32), jax.tree.map(lambda x: x.astype(jnp.float32), cache), "plain")
     try:

@@ -17,12 +17,15 @@ from jaxtyping import Array, Float, Int
 from s1jax.config import Implementation
 from s1jax.mesh import LOGICAL_AXES, platform
 from s1jax.model import cpu_kernel
-from s1jax.model.accelerator_attention import KeyValueHeads, cudnn_paged_attention, tpu_paged_attention
+from s1jax.model.accelerator_attention import Heads, KeyValueHeads, cudnn_paged_attention, tpu_paged_attention
+from s1jax.model.block_attention import MASKED, add_block, no_blocks
 from s1jax.model.config import QwenConfig
 from s1jax.model.projection import precision_of
 
 PAGE = 64
 """Tokens of a page."""
+_PAGES_PER_BLOCK = 16
+"""Pages that several tokens of a row attend to together."""
 UNUSED_PAGE = 0
 """Belongs to no row: what need not be kept is written there."""
 
@@ -69,9 +72,9 @@ def write(
     table: PageTable,
     positions: Int[Array, "batch length"],
 ) -> LayerCache:
-    """The cache with one token in each row at its position, or with the first tokens of each row.
+    """The cache with these tokens, one after the other in each row, at their positions.
 
-    Several tokens begin at position 0; the table has pages for all of them.
+    Several begin with a page; what is beyond the table is not kept.
     """
     heads = cache.keys.shape[0]
 
@@ -88,8 +91,10 @@ def write(
         count = num_pages(new.shape[1])
         new = jnp.pad(new, [(0, 0), (0, count * PAGE - new.shape[1]), (0, 0), (0, 0)])
         new = new.reshape(new.shape[0], count, PAGE, *new.shape[2:])
+        at = positions[:, :1] // PAGE + jnp.arange(count)
+        own = jnp.take_along_axis(table, at, axis=1, mode="fill", fill_value=UNUSED_PAGE)
         of_heads = pages.reshape(-1, *pages.shape[2:])
-        return of_heads.at[first[..., None] + table[:, :count]].set(jnp.moveaxis(new, 3, 0)).reshape(pages.shape)
+        return of_heads.at[first[..., None] + own].set(jnp.moveaxis(new, 3, 0)).reshape(pages.shape)
 
     new = PartitionSpec(_BATCH, None, _TENSOR)
     put_all = _on_shards(put, (_CACHE, new, _ROWS, _ROWS), _CACHE)
@@ -110,24 +115,29 @@ def copy_page(layer: LayerCache, source: Int[Array, " shards"], target: Int[Arra
 
 
 def paged_attention(
-    query: Float[Array, "batch heads head_dim"],
+    query: Heads,
     cache: LayerCache,
     table: PageTable,
-    last: Int[Array, " batch"],
+    positions: Int[Array, "batch length"],
     *,
     implementation: Implementation = "auto",
-) -> Float[Array, "batch heads head_dim"]:
-    """Attention of one token in each row over its tokens 0..last, scaled by 1/sqrt(head_dim); softmax in float32.
+) -> Heads:
+    """Attention of tokens over those of their rows up to themselves, scaled by 1/sqrt(head_dim); softmax in float32.
 
-    "auto" takes the kernel that reads nothing but those, where there is one (`choose_paged`); any other implementation
-    gathers all pages of the table.
+    Of one token in each row, "auto" takes the kernel that reads nothing but those, where there is one (`choose_paged`);
+    any other implementation gathers all pages of the table. Several tokens, one after the other, see pages that were
+    written for tokens up to the last of them.
     """
-    heads, head_dim = cache.keys.shape[0], query.shape[-1]
-    grouped = query.reshape(query.shape[0], heads, -1, head_dim)
-    kernel = KERNELS.get(choose_paged(query.dtype, head_dim) if implementation == "auto" else implementation, _gathered)
-    rows = PartitionSpec(_BATCH, _TENSOR)
+    batch, length, _, head_dim = query.shape
+    name = choose_paged(query.dtype, head_dim) if implementation == "auto" else implementation
+    grouped = query.reshape(batch, length, cache.keys.shape[0], -1, head_dim)
+    if length == 1:
+        kernel, grouped, positions = KERNELS.get(name, _gathered), grouped[:, 0], positions[:, 0]
+        rows = PartitionSpec(_BATCH, _TENSOR)
+    else:
+        kernel, rows = _each_token if name == "kernel" else _in_blocks, PartitionSpec(_BATCH, None, _TENSOR)
     attend = _on_shards(kernel, (rows, _CACHE, _CACHE, _ROWS, _ROWS), rows)
-    return attend(grouped, *cache, table, last).astype(query.dtype).reshape(query.shape)
+    return attend(grouped, *cache, table, positions).astype(query.dtype).reshape(query.shape)
 
 
 def choose_paged(dtype: DTypeLike, head_dim: int) -> Implementation:
@@ -169,6 +179,46 @@ def _gathered(
     total = jnp.sum(weights, axis=-1, keepdims=True)
     context = product("bkgs,bksd->bkgd", weights.astype(values.dtype), values)
     return context / total
+
+
+Piece = Float[Array, "batch length kv_heads group head_dim"]
+"""Several tokens of each row, one after the other."""
+
+
+def _each_token(query: Piece, keys: Pages, values: Pages, table: PageTable, positions: Array) -> Piece:
+    """As if each token were a row: they find the pages that they share in the processor's caches."""
+    length, end = query.shape[1], PAGE * table.shape[1]
+    tokens = query.reshape(-1, *query.shape[2:])
+    # What is beyond the table is padding.
+    last = jnp.minimum(positions, end - 1).ravel()
+    return _kernel(tokens, keys, values, jnp.repeat(table, length, axis=0), last).reshape(query.shape)
+
+
+def _in_blocks(query: Piece, keys: Pages, values: Pages, table: PageTable, positions: Array) -> Piece:
+    """Block by block of the pages up to the last token's: what a table has beyond them costs nothing."""
+    batch, length, heads, group, head_dim = query.shape
+    # The rows of a head are its tokens, for one query of the group after the other.
+    queries = (query * head_dim**-0.5).transpose(0, 2, 3, 1, 4).reshape(batch, heads, group * length, head_dim)
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % _PAGES_PER_BLOCK)), constant_values=UNUSED_PAGE)
+    block = _PAGES_PER_BLOCK * PAGE
+    product = partial(jnp.matmul, precision=precision_of(query), preferred_element_type=jnp.float32)
+
+    def add(i: Array, sums: Any) -> Any:
+        pages = jax.lax.dynamic_slice_in_dim(table, i * _PAGES_PER_BLOCK, _PAGES_PER_BLOCK, axis=1)
+        # (heads, rows, pages, slots, head_dim) to (rows, heads, slots of all pages, head_dim)
+        gathered = (x[:, pages].swapaxes(0, 1) for x in (keys, values))
+        key, value = (x.reshape(batch, heads, block, head_dim) for x in gathered)
+        slots = i * block + jnp.arange(block)
+        # What others left in pages may be no numbers, which a weight of zero would not keep out.
+        written = jnp.repeat(pages != UNUSED_PAGE, PAGE, axis=1) & (slots <= positions[:, -1:])
+        value = jnp.where(written[:, None, :, None], value, 0)
+        seen = jnp.tile(slots <= positions[..., None], (1, group, 1))
+        return add_block(sums, jnp.where(seen[:, None], product(queries, key.swapaxes(2, 3)), MASKED), value)
+
+    blocks = jnp.minimum(jnp.max(positions) // block + 1, table.shape[1] // _PAGES_PER_BLOCK)
+    _, total, context = jax.lax.fori_loop(0, blocks, add, no_blocks(queries.shape))
+    out = (context / total[..., None]).reshape(batch, heads, group, length, head_dim)
+    return out.transpose(0, 3, 1, 2, 4)
 
 
 def _kernel(query: Array, keys: Pages, values: Pages, table: PageTable, last: Array) -> Array:

@@ -28,6 +28,7 @@ from s1jax.model.paged_attention import (
     LayerCache,
     PageTable,
     cache_shape,
+    num_pages,
     paged_attention,
     write,
 )
@@ -121,7 +122,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Hidden, inputs: "_Inputs", cache: LayerCache | None = None
     ) -> tuple[Hidden, LayerCache | None]:
-        """Attend; with a cache, one token for each row over what it holds, or several that begin an empty one."""
+        """Attend; with a cache, over what it holds too, unless the table has no pages but for these tokens."""
         # Gathered along the sequence once for all three projections, whose heads are then where attention wants them.
         x = constrain(x, "batch", "length", None)
         query, key, value = (
@@ -136,14 +137,12 @@ class Attention(nnx.Module):
         query = constrain(rotate(query, inputs.rotations), "batch", "length", "heads", "head_dim")
         key = rotate(key, inputs.rotations)
         query, key, value = (checkpoint_name(x, "heads") for x in (query, key, value))
+        table = inputs.page_table
         if cache is not None:
-            assert inputs.page_table is not None
-            cache = write(cache, key, value, inputs.page_table, inputs.positions)
-        if cache is not None and x.shape[1] == 1:
-            assert inputs.page_table is not None
-            context = paged_attention(
-                query[:, 0], cache, inputs.page_table, inputs.positions[:, 0], implementation=self.implementation
-            )[:, None]
+            assert table is not None
+            cache = write(cache, key, value, table, inputs.positions)
+        if cache is not None and table is not None and (x.shape[1] == 1 or table.shape[1] > num_pages(x.shape[1])):
+            context = paged_attention(query, cache, table, inputs.positions, implementation=self.implementation)
         else:
             context = attention(
                 query,
@@ -312,8 +311,9 @@ class Qwen:
         """Run the layers; returns the normalised hidden states, and the cache with these tokens written.
 
         `positions` are the rotary positions, and the places in its pages (`page_table`) that a row's tokens are written
-        to. With a cache, `params` are unrolled, and there is one token for each row, which sees those up to itself, or
-        several, with which each row begins. `segment_ids` (0 = padding) keep packed examples apart, `segment_lengths`
+        to. With a cache, `params` are unrolled, and each token sees those of its row up to itself; several, one after
+        the other from the beginning of a page, are what a row begins with if the table has no more pages than theirs.
+        `segment_ids` (0 = padding) keep packed examples apart, `segment_lengths`
         tell GPU's attention how long each is; not with a cache.
         Unrolled `params` (`abstract_params(stacked=False)`) run layer by layer, stacked ones are scanned.
         """

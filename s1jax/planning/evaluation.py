@@ -14,8 +14,8 @@ from itertools import takewhile
 from operator import eq
 
 from s1jax.config import CacheSection, EvaluateConfig, EvaluatePlanSection, GenerateConfig
-from s1jax.decoding.cache import bucket
 from s1jax.decoding.engine import STEPS_PER_CHUNK
+from s1jax.decoding.pages import bucket
 from s1jax.decoding.workload import SIGMA, lengths_of
 from s1jax.device_memory import GIB
 from s1jax.evaluation.runs import Run, plan_runs

@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from s1jax.compiling import temporaries
 from s1jax.config import GenerateConfig
 from s1jax.decoding.budget import RowParams, RowState, Tables
-from s1jax.decoding.cache import bucket
 from s1jax.decoding.engine import STEPS_PER_CHUNK
 from s1jax.decoding.loop import Rows, Shared, decode_chunk
+from s1jax.decoding.pages import bucket
 from s1jax.decoding.setup import rows_of, sampling_of
 from s1jax.device_memory import GIB
 from s1jax.mesh import batch_shards, device_bytes, make_mesh, named_sharding

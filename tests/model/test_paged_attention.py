@@ -62,12 +62,47 @@ def test_a_token_sees_what_its_row_has_written(lengths, implementation, groups: 
         with jax.set_mesh(mesh):
             assert cpu_kernel.available(jnp.float32)
     query, key, value, cache, table, last = filled(np.random.default_rng(seed), mesh, lengths, (2 * groups, 2, 16))
-    expected = reference_attention(query, key, value, last[:, None], None)[:, 0]
+    expected = reference_attention(query, key, value, last[:, None], None)
     with jax.set_mesh(mesh):
         out = jax.jit(paged_attention, static_argnames="implementation")(
-            query[:, 0], cache, table, last, implementation=implementation
+            query, cache, table, last[:, None], implementation=implementation
         )
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("data", "tensor", "implementation"), [(1, 1, "kernel"), (1, 1, "plain"), (2, 1, "auto"), (2, 4, "auto")]
+)
+@pytest.mark.parametrize("pieces", [[2, 1], [1, 1, 1], [15, 2, 3], [3, 16]])
+def test_tokens_that_follow_others_see_those_and_themselves(
+    data: int, tensor: int, implementation: str, pieces: list[int]
+) -> None:
+    """Of each row pieces of so many pages; what is in no page of the second row's is padding."""
+    mesh = make_mesh(data, 1, tensor, jax.devices()[: data * tensor])
+    rng = np.random.default_rng(0)
+    length, heads, kv_heads, head_dim = sum(pieces) * PAGE, 8, 2, 16
+    lengths = [length, length - (pieces[-1] - 1) * PAGE]
+    query = rng.normal(size=(2, length, heads, head_dim)).astype(np.float32)
+    key, value = rng.normal(size=(2, 2, length, kv_heads, head_dim)).astype(np.float32)
+    width = sum(pieces) + 3
+    own = np.arange(1, 2 * width + 1).reshape(2, width) if data == 1 else np.tile(np.arange(1, width + 1), (2, 1))
+    table = np.where(np.arange(width) < np.array([lengths]).T // PAGE, own, 0).astype(np.int32)
+    shape = (max(kv_heads, tensor), 2 * width + data, PAGE, head_dim)
+    cache = LayerCache(*(jnp.full(shape, jnp.nan, jnp.float32) for _ in range(2)))
+    outs, first = [], 0
+    with jax.set_mesh(mesh):
+        for piece in pieces:
+            now = slice(first, first + piece * PAGE)
+            positions = np.tile(np.arange(now.start, now.stop, dtype=np.int32), (2, 1))
+            cache = jax.jit(write)(cache, key[:, now], value[:, now], table, positions)
+            attend = jax.jit(paged_attention, static_argnames="implementation")
+            outs.append(attend(query[:, now], cache, table, positions, implementation=implementation))
+            first = now.stop
+    out = np.concatenate(outs, axis=1)
+    expected = reference_attention(query, key, value, np.tile(np.arange(length), (2, 1)), None)
+    for row, own_length in enumerate(lengths):
+        np.testing.assert_allclose(out[row, :own_length], expected[row, :own_length], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("data", "fsdp", "tensor"), [(2, 2, 2), (2, 1, 4), (1, 4, 1)])
@@ -78,8 +113,8 @@ def test_each_shard_has_pages_of_its_own_and_heads_are_repeated_where_there_are_
     lengths = [5, 70, 64, 65, 1, 130, 20, 66]
     query, key, value, cache, table, last = filled(np.random.default_rng(0), mesh, lengths, (8, 2, 16))
     with jax.set_mesh(mesh):
-        out = jax.jit(paged_attention)(query[:, 0], cache, table, last)
-    expected = reference_attention(query, key, value, last[:, None], None)[:, 0]
+        out = jax.jit(paged_attention)(query, cache, table, last[:, None])
+    expected = reference_attention(query, key, value, last[:, None], None)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -104,6 +139,6 @@ def test_the_kernel_of_tpus_computes_the_formula() -> None:
     cache = jax.tree.map(jnp.nan_to_num, cache)
     with pltpu.force_tpu_interpret_mode():
         splash = jax.jit(paged_attention, static_argnames="implementation")
-        out = splash(query[:, 0], cache, table, last, implementation="splash")
-    expected = reference_attention(query, key, value, last[:, None], None)[:, 0]
+        out = splash(query, cache, table, last[:, None], implementation="splash")
+    expected = reference_attention(query, key, value, last[:, None], None)
     np.testing.assert_allclose(np.asarray(out, np.float32), expected, rtol=2e-2, atol=2e-2)
