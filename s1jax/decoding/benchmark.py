@@ -29,10 +29,15 @@ from s1jax.model import cpu_kernel
 from s1jax.model.hf import load_params, resolve_model
 from s1jax.model.load import LoadedModel, inference_model
 from s1jax.model.paged_attention import PAGE, KVCache, num_pages
-from s1jax.paths import any_path, write_whole
+from s1jax.paths import AnyPath, any_path, write_whole
 
 _COPIED_BYTES = 2**29
 _UNLIMITED = 2**30
+_RATES = {
+    "results": ("prefill_tokens_per_second", "decode_tokens_per_second"),
+    "workloads": ("requests", "tokens_per_second"),
+}
+"""Of a report, what all processes together have the sums of."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,12 @@ def benchmark(config: BenchmarkConfig) -> None:
     if hosts.copies and output:
         with SharedOutput(output.with_name(output.name + ".hosts"), hosts) as shared:
             if reports := _of_all(config, hosts, shared):
-                sums = _sums(reports)
-                for row in sums:
+                sums = {key: _sums(reports, key, rates) for key, rates in _RATES.items()}
+                for row in (*sums["results"], *sums["workloads"]):
                     print("all hosts: " + ", ".join(f"{name} {value:.1f}" for name, value in row.items()))
-                write_whole(output, json.dumps({"results": sums, "hosts": reports}, indent=2) + "\n")
+                write_whole(output, json.dumps({**sums, "hosts": reports}, indent=2) + "\n")
+                for process, report in enumerate(reports):
+                    _draw(report, output.with_name(f"{Path(output.name).stem}.{process}.png"))
                 shared.path.unlink()
         return
     report = _measured(config)
@@ -79,8 +86,13 @@ def benchmark(config: BenchmarkConfig) -> None:
         print(_table(report))
         if output:
             write_whole(output, json.dumps(report, indent=2) + "\n")
-            if report["workloads"]:
-                write_whole(output.with_name(f"{Path(output.name).stem}.png"), picture(report["workloads"]))
+            _draw(report, output.with_name(f"{Path(output.name).stem}.png"))
+
+
+def _draw(report: Row, path: AnyPath) -> None:
+    """The picture of a report's workloads, if it has any."""
+    if report["workloads"]:
+        write_whole(path, picture(report["workloads"]))
 
 
 def _of_all(config: BenchmarkConfig, hosts: Hosts, shared: SharedOutput) -> list[Row] | None:
@@ -102,12 +114,11 @@ def _of_all(config: BenchmarkConfig, hosts: Hosts, shared: SharedOutput) -> list
         return [row["report"] for row in shared.rows() if key(row) in wanted] if last else None
 
 
-def _sums(reports: list[Row]) -> list[Row]:
+def _sums(reports: list[Row], key: str, rates: tuple[str, ...]) -> list[Row]:
     """The rates of all processes together, for each batch size."""
-    rates = ("prefill_tokens_per_second", "decode_tokens_per_second")
     return [
         {name: sum(result[name] for result in results) for name in ("batch_size", *rates)}
-        for results in zip(*(report["results"] for report in reports), strict=True)
+        for results in zip(*(report[key] for report in reports), strict=True)
     ]
 
 

@@ -132,6 +132,7 @@ def test_benchmark_has_one_report(copies: bool, count: int, tmp_path: Path) -> N
     output = tmp_path / "speed.json"
     words = ["benchmark.batch_sizes=4", "benchmark.prompt_length=16", "benchmark.new_tokens=32"]
     words += [f"model.path={tmp_path}", "benchmark.repeats=1", f"benchmark.output={output}"]
+    words += ["benchmark.requests=3", "benchmark.lengths=lognormal:20:40"]
     processes = start_hosts([sys.executable, "decode.py", "benchmark", *words], count, copies=copies)
     printed = [out for out, _ in finish(processes)]
     report = json.loads(output.read_text())
@@ -142,11 +143,15 @@ def test_benchmark_has_one_report(copies: bool, count: int, tmp_path: Path) -> N
         of_hosts = [[row["decode_tokens_per_second"] for row in host["results"]] for host in report["hosts"]]
         assert rates == pytest.approx(np.sum(of_hosts, axis=0))
         assert ["ms/step" in text for text in printed] == [True] * count
-        assert sum("all hosts:" in text for text in printed) == 1
+        assert sum(text.count("all hosts:") for text in printed) == 2
+        assert [row["requests"] for row in report["workloads"]] == [3 * count]
+        pictures = {f"speed.{process}.png" for process in range(count)}
     else:
         assert report["devices"] == count
         assert [row["batch_size"] for row in report["results"]] == [4]
         assert ["ms/step" in text for text in printed] == [True] + [False] * (count - 1)
+        pictures = {"speed.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == pictures
     assert all(rate > 0 for rate in rates)
     assert left_over(output) == []
 
