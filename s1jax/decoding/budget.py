@@ -4,7 +4,7 @@
 (`ThinkingBudget`, `build_tables`, `start_rows`) turns settings and prompts into its arrays.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal, NamedTuple
@@ -325,7 +325,7 @@ def start_rows(
     budgets: Sequence[ThinkingBudget],
     prompts: Sequence[PreparedPrompt],
     ids: ProfileIds,
-    wait_starts: dict[tuple[str, ...], int],
+    wait_starts: Mapping[tuple[str, ...], int],
     context_length: int,
     batch_size: int,
 ) -> tuple[RowParams, RowState]:

@@ -1,30 +1,29 @@
 """The host's half of decoding: requests wait, take their places in the batch, and leave it as they finish."""
 
-import sys
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.errors import JaxRuntimeError
+from jaxtyping import Array
 from transformers import PreTrainedTokenizerBase
 
 from s1jax.decoding.budget import (
     Phase,
     RowParams,
-    ThinkingBudget,
+    RowState,
     ThinkingEnd,
-    build_tables,
     resolve_max_thinking_tokens,
     start_rows,
 )
 from s1jax.decoding.cache import PagedCache
 from s1jax.decoding.finite import NonFiniteError
-from s1jax.decoding.forks import Fork, Rules, WaitTexts, fork
+from s1jax.decoding.forks import Fork, Rules, fork
 from s1jax.decoding.hosts import to_host
-from s1jax.decoding.loop import Chunk, Rows, Shared, decode_chunk
+from s1jax.decoding.loop import Chunk, Rows, decode_chunk
 from s1jax.decoding.pages import bucket
 from s1jax.decoding.prefill_queue import PIECE, SHORTEST_PIECE
 from s1jax.decoding.profiles import ProfileIds
@@ -32,6 +31,7 @@ from s1jax.decoding.requests import Request, longest_context, problem_of
 from s1jax.decoding.results import Finished, Progress, generation_of, under
 from s1jax.decoding.sampling import Sampling, request_key
 from s1jax.decoding.slot import Slot, columns, put_rows, state_of, take_rows
+from s1jax.decoding.wait_texts import TextRegister
 from s1jax.mesh import batch_shards, divisible_rows
 from s1jax.model import cpu_kernel
 from s1jax.model.load import LoadedModel
@@ -57,12 +57,14 @@ class Occupancy(NamedTuple):
     pages: int
 
 
-class _Tables(NamedTuple):
-    """The texts that may be forced: for the device, where each list of wait texts starts in them, and for the host."""
+class _InFlight(NamedTuple):
+    """A chunk that the device computes."""
 
-    shared: Shared
-    wait_starts: dict[tuple[str, ...], int]
-    texts: WaitTexts
+    rows: Rows
+    """Before it."""
+    slots: list[tuple[int, Slot | None]]
+    """Of each column its row of the batch, and which request was at work there."""
+    results: tuple[RowState, Array, Chunk]
 
 
 class Engine:
@@ -102,18 +104,16 @@ class Engine:
         """Of each row, the request that it was given to, and those that go on with its beginning."""
         self._beginning: set[int] = set()
         """Rows whose requests have yet to come to work: their contexts are being computed."""
-        self._waits: dict[tuple[str, ...], ThinkingBudget] = {}
-        """Every list of wait texts that was ever submitted, in a budget that has it: rows point to their places."""
-        self._tables: _Tables | None = None
-        """None if they are to be made anew."""
+        self._texts = TextRegister(profile, tokenizer)
         self._cache_tokens = cache_tokens
         self._cache = PagedCache(loaded, self._batch, cache_tokens, share=share)
         self._limit = 0
         """The longest that the context of a request submitted so far can get, rounded up."""
         self._admitted = 0
         self._rows, self._nobody = self._start([], {}, self._batch), self._start([], {}, 1)
-        self._error: NonFiniteError | None = None
-        """Of a row in the chunk before, whose other rows are reported first."""
+        self._in_flight: _InFlight | None = None
+        self._error: Exception | None = None
+        """That ended it, after results that are reported first."""
 
     @property
     def is_idle(self) -> bool:
@@ -133,10 +133,7 @@ class Engine:
         """
         if problem := problem_of(request, self._profile, self._context, self._cache_tokens):
             raise ValueError(f"prompt {request.index}: {problem}")
-        if request.budget.waits not in self._waits:
-            build_tables(self._profile, [request.budget], self._tokenizer)
-            self._waits[request.budget.waits] = request.budget
-            self._tables = None
+        self._texts.add(request.budget)
         self._limit = max(self._limit, bucket(self._limit_of(request), self._context))
         self._waiting.setdefault(self._in_common(request), []).append(request)
 
@@ -167,38 +164,52 @@ class Engine:
             yield from self.step()
 
     def step(self) -> list[Progress | Finished]:
-        """Decode a chunk: what it wrote in each row, and the results that it completed.
+        """Have the next chunk computed, and meanwhile look at the one before: what it wrote, and what it completed.
 
         Raises OutOfMemoryError if the device is full, ValueError for a request that all pages would not hold,
-        NonFiniteError if the model's scores are no numbers to draw from.
+        NonFiniteError if the model's scores are no numbers to draw from; each only after results that are there.
         """
         if self._error:
             raise self._error
         if self.is_idle:
             return []
+        events: list[Progress | Finished] = []
+        with self._on_devices():
+            in_flight = self._in_flight or self._dispatch()
+            state, last_token, chunk = to_host(in_flight.results)
+        # Of a request that was cancelled meanwhile nothing is kept.
+        at_work = [
+            (row, column, slot)
+            for column, (row, slot) in enumerate(in_flight.slots)
+            if slot is not None and self._groups[row][:1] == [slot]
+        ]
+        finite = chunk.finite | ~chunk.written
+        if not (sound := finite.all(axis=0)).all():
+            for _, column, slot in at_work:
+                if not sound[column]:
+                    new_ids = chunk.tokens[: int(np.argmin(finite[:, column])), column].tolist()
+                    self._error = self._error or self._nonfinite(slot, new_ids)
+            at_work = [item for item in at_work if sound[item[1]]]
+        new = in_flight.rows._replace(state=state, last_token=last_token)
+        put_rows(self._rows, [row for row, _, _ in at_work], take_rows(new, [column for _, column, _ in at_work]))
+        done = state.phase == Phase.DONE
         try:
-            # Under the mesh, arrays that are made are on all its devices, those of other processes too.
+            with self._on_devices():
+                # First what the next chunk depends on.
+                for row, column, slot in at_work:
+                    if done[column]:
+                        events += [slot.take(chunk, column), *self._finish(row)]
+                self._in_flight = None if self.is_idle or self._error else self._dispatch()
+        except (OutOfMemoryError, ValueError) as error:
+            self._error = error
+        return events + [slot.take(chunk, column) for _, column, slot in at_work if not done[column]]
+
+    @contextmanager
+    def _on_devices(self) -> Iterator[None]:
+        """Under the mesh arrays that are made are on all its devices, those of other processes too."""
+        try:
             with jax.set_mesh(self._loaded.mesh):
-                tables = self._tables = self._tables or self._make_tables()
-                self._admit_waiting(tables)
-                self._make_room()
-                at_work = self._at_work()
-                on_cpu = cpu_kernel.available(self._loaded.model.dtype)
-                order = columns(at_work, self._batch, batch_shards(self._loaded.mesh), fewer=on_cpu)
-                rows = take_rows(self._rows, order)
-                assert self._cache.arrays is not None
-                self._cache.arrays, state, last_token, chunk = decode_chunk(
-                    self._loaded.model,
-                    self._sampling,
-                    STEPS_PER_CHUNK,
-                    self._logprobs,
-                    self._loaded.params,
-                    tables.shared,
-                    self._cache.arrays,
-                    self._cache.table(order, max(map(self._ahead, at_work))),
-                    rows,
-                )
-                state, last_token, chunk = to_host((state, last_token, chunk))
+                yield
         except JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -207,25 +218,34 @@ class Engine:
                 f"out of device memory with {self._batch} rows of up to {self._limit} tokens in {layers} layers: "
                 "lower cache.tokens, batch_size, budget.max_thinking_tokens or max_total_tokens, or raise mesh.tensor"
             ) from error
-        put_rows(self._rows, order, rows._replace(state=state, last_token=last_token))
-        events: list[Progress | Finished] = []
-        for column, row in enumerate(order):
-            if row in at_work:
-                try:
-                    events += self._events(row, column, chunk)
-                except NonFiniteError as error:
-                    self._error = self._error or error
-        return events
 
-    def _events(self, row: int, column: int, chunk: Chunk) -> Iterator[Progress | Finished]:
-        """What a column of a chunk means for its row, which the next request takes if its own has finished."""
+    def _dispatch(self) -> _InFlight:
+        """Give the device a chunk to compute, without waiting for it."""
+        self._admit_waiting()
+        self._make_room()
+        at_work = self._at_work()
+        on_cpu = cpu_kernel.available(self._loaded.model.dtype)
+        order = columns(at_work, self._batch, batch_shards(self._loaded.mesh), fewer=on_cpu)
+        rows = take_rows(self._rows, order)
+        assert self._cache.arrays is not None
+        self._cache.arrays, *results = decode_chunk(
+            self._loaded.model,
+            self._sampling,
+            STEPS_PER_CHUNK,
+            self._logprobs,
+            self._loaded.params,
+            self._texts.tables().shared,
+            self._cache.arrays,
+            self._cache.table(order, max(map(self._ahead, at_work))),
+            rows,
+        )
+        slots = [(row, self._groups[row][0] if row in at_work else None) for row in order]
+        return _InFlight(rows, slots, (*results,))
+
+    def _finish(self, row: int) -> Iterator[Finished]:
+        """The results of a row's request, and who follows: the next that goes on with its beginning, or nobody."""
         slot, *others = self._groups[row]
-        if not (finite := chunk.finite[:, column] | ~chunk.written[:, column]).all():
-            raise self._nonfinite(slot, chunk.tokens[: int(np.argmin(finite)), column].tolist())
-        yield slot.take(chunk, column)
         state = state_of(self._rows, row)
-        if state.phase != Phase.DONE:
-            return
         logprobs = slot.logprobs if self._logprobs else None
         result = generation_of(
             slot.request.prompt, slot.output_ids, slot.forced, logprobs, state, self._profile, self._tokenizer
@@ -243,19 +263,7 @@ class Engine:
         put_rows(self._rows, [row], start)
         self._cache.shorten(row, int(start.state.length[0]))
 
-    def _make_tables(self) -> _Tables:
-        """Of a size that other wait texts have room in, mostly: the compiled loop depends on it."""
-        tables, wait_starts = build_tables(self._profile, list(self._waits.values()), self._tokenizer)
-        texts = WaitTexts(np.asarray(tables.text_ids), np.asarray(tables.text_lengths))
-        count, length = (bucket(size, sys.maxsize, least) for size, least in zip(texts.ids.shape, (8, 32), strict=True))
-        tables = tables._replace(
-            text_ids=jnp.pad(tables.text_ids, [(0, count - len(texts.ids)), (0, length - texts.ids.shape[1])]),
-            text_lengths=jnp.pad(tables.text_lengths, (0, count - len(texts.ids))),
-        )
-        valid, end_tokens = jnp.asarray(self._profile.valid), jnp.asarray(self._profile.end_tokens or (0,), jnp.int32)
-        return _Tables(Shared(tables, valid, end_tokens), wait_starts, texts)
-
-    def _admit_waiting(self, tables: _Tables) -> None:
+    def _admit_waiting(self) -> None:
         """Give free rows to those that wait, in their order, as long as there are pages for them."""
         if self._cache.asked < self._limit and not any(self._groups):
             self._cache.claim(self._limit)
@@ -265,7 +273,7 @@ class Engine:
             if not self._next_up and self._waiting:
                 _, alike = self._waiting.popitem(last=False)
                 slots = [
-                    Slot(request, self._start([request], tables.wait_starts, 1), self._limit_of(request))
+                    Slot(request, self._start([request], self._texts.tables().starts, 1), self._limit_of(request))
                     for request in sorted(alike, key=self._longest_first)
                 ]
                 self._next_up.append(slots)
@@ -355,8 +363,8 @@ class Engine:
         """Where a request parts from one that has finished; None if it does not."""
         if not self._profile.profile.thinks:
             return None
-        assert self._tables is not None
-        before, after = (Rules(_one(slot.start.params), self._tables.texts) for slot in (done, other))
+        texts = self._texts.tables().texts
+        before, after = (Rules(_one(slot.start.params), texts) for slot in (done, other))
         in_prompt = done.request.prompt.num_thinking_tokens
         return fork(before, after, done.attempts, len(done.output_ids), in_prompt)
 
@@ -377,7 +385,7 @@ class Engine:
         text = f"prompt {request.index}, sample {request.sample}, after {len(input_ids)} tokens"
         return NonFiniteError(text, self._loaded, input_ids)
 
-    def _start(self, requests: Sequence[Request], wait_starts: dict[tuple[str, ...], int], size: int) -> Rows:
+    def _start(self, requests: Sequence[Request], wait_starts: Mapping[tuple[str, ...], int], size: int) -> Rows:
         """The rows of these requests before their first step, and finished ones up to `size`."""
         params, state = start_rows(
             [r.budget for r in requests],

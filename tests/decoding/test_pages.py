@@ -153,7 +153,7 @@ def test_rows_with_one_prompt_hold_its_pages_once(loaded: LoadedModel) -> None:
             engine.submit(request)
         events = engine.step()
         # One page is full of the prompt; what follows is each row's own.
-        assert engine.occupancy.used_pages == (1 + 8 if share else 2 * 8)
+        assert engine.occupancy.used_pages == (1 + 2 * 8 if share else 3 * 8)
         events += engine.run([])
         results[share] = {e.request.sample: e.generation for e in events if isinstance(e, Finished)}
     assert len(results[True]) == 8
