@@ -15,7 +15,7 @@ from s1jax.decoding.benchmark import unending_rows
 from s1jax.decoding.engine import STEPS_PER_CHUNK
 from s1jax.decoding.loop import decode_chunk, empty_cache
 from s1jax.decoding.pages import full_table
-from s1jax.decoding.sampling import Sampling
+from s1jax.decoding.sampling import Draws
 from s1jax.device_memory import limit_bytes
 from s1jax.mesh import make_mesh
 from s1jax.model.paged_attention import PAGE, num_pages
@@ -74,7 +74,7 @@ def _decode(report: Report, case: str, model: Qwen, params: Params, length: int,
     cache = [empty_cache(model, 1 + table.size)]
     started = time.perf_counter()
     loop: Any = decode_chunk
-    lowered = loop.lower(model, Sampling(), STEPS_PER_CHUNK, False, params, shared, cache[0], table, state)
+    lowered = loop.lower(model, Draws(greedy=True), STEPS_PER_CHUNK, False, params, shared, cache[0], table, state)
     chunk = lowered.compile()
     compiled_in = time.perf_counter() - started
     text = chunk.as_text()

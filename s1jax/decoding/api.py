@@ -9,7 +9,7 @@ from s1jax.decoding.engine import Engine
 from s1jax.decoding.profiles import DelimiterProfile, load_profile, prepare_prompt, profile_of_model
 from s1jax.decoding.requests import Messages, Request, encode_prompt
 from s1jax.decoding.results import Finished, Generation
-from s1jax.decoding.sampling import Sampling
+from s1jax.decoding.sampling import GREEDY, Sampling
 from s1jax.decoding.setup import check_requests, rows_of
 from s1jax.model.load import LoadedModel, load_model
 
@@ -31,7 +31,7 @@ def generate(
     budget: ThinkingBudget | Sequence[ThinkingBudget] = DEFAULT_BUDGET,
     *,
     profile: str | DelimiterProfile = "s1",
-    sampling: Sampling | None = None,
+    sampling: Sampling = GREEDY,
     seed: int = 0,
     batch_size: int | Literal["auto"] = "auto",
     chat_template: bool = True,
@@ -54,11 +54,12 @@ def generate(
             encoded = encode_prompt(prompt, tokenizer, chat_template)
         except ValueError as error:
             raise ValueError(f"prompt {index}: {error}") from None
-        requests.append(Request(prepare_prompt(encoded.input_ids, ids, encoded.after_user), own, index))
+        prepared = prepare_prompt(encoded.input_ids, ids, encoded.after_user)
+        requests.append(Request(prepared, own, index, sampling=sampling, seed=seed))
     named = [(f"prompt {request.index}", request) for request in requests]
     check_requests(named, ids, loaded.model.config.max_position_embeddings)
     rows = rows_of(batch_size, loaded.mesh, len(requests))
-    engine = Engine(loaded, tokenizer, ids, sampling or Sampling(), seed=seed, batch_size=rows, logprobs=logprobs)
+    engine = Engine(loaded, tokenizer, ids, batch_size=rows, logprobs=logprobs)
     events = engine.run(requests)
     results = {event.request.index: event.generation for event in events if isinstance(event, Finished)}
     return [results[index] for index in range(len(prompts))]

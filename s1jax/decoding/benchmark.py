@@ -21,7 +21,7 @@ from s1jax.decoding.hosts import Hosts, Row, SharedOutput, same_command, start_h
 from s1jax.decoding.loop import Rows, Shared, decode_chunk, empty_cache, prefill
 from s1jax.decoding.pages import full_table
 from s1jax.decoding.prefill_queue import PIECE
-from s1jax.decoding.sampling import Sampling
+from s1jax.decoding.sampling import Draws, sampling_params
 from s1jax.decoding.workload import picture, run_workload
 from s1jax.device_memory import peak_resident_bytes
 from s1jax.mesh import batch_shards, divisible_rows
@@ -176,7 +176,7 @@ def _measure(loaded: LoadedModel, config: BenchmarkConfig, batch_size: int, copy
 
     def decode(cache: KVCache, rows: Rows, steps: int) -> tuple[KVCache, Rows]:
         cache, state, last_token, _ = decode_chunk(
-            model, Sampling(), steps, False, loaded.params, shared, cache, table, rows
+            model, Draws(greedy=True), steps, False, loaded.params, shared, cache, table, rows
         )
         return jax.block_until_ready((cache, rows._replace(state=state, last_token=last_token)))
 
@@ -224,7 +224,8 @@ def unending_rows(vocab_size: int, batch: int, length: int) -> tuple[Shared, Row
         ends_in_newline=zeros > 0,
     )
     limits = RowParams(*([np.full(batch, _UNLIMITED, np.int32)] * len(RowParams._fields)))
-    rows = Rows(state, limits._replace(wait_start=zeros), zeros, np.zeros((batch, 2), np.uint32))
+    limits = limits._replace(wait_start=zeros)
+    rows = Rows(state, limits, zeros, sampling_params([], batch), np.zeros((batch, 2), np.uint32))
     return Shared(tables, ~none, jnp.zeros(1, jnp.int32)), rows
 
 

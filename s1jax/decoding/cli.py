@@ -97,6 +97,8 @@ def _read(config: GenerateConfig) -> tuple[Setup, list[Prompt], list[Request]]:
             prompt.budget,
             index,
             sample,
+            setup.sampling,
+            config.sampling.seed,
         )
         for index, prompt in enumerate(prompts)
         for sample in range(config.sampling.num_samples)

@@ -29,7 +29,7 @@ from s1jax.decoding.prefill_queue import PIECE, SHORTEST_PIECE
 from s1jax.decoding.profiles import ProfileIds
 from s1jax.decoding.requests import Request, longest_context, problem_of
 from s1jax.decoding.results import Finished, Progress, generation_of, under
-from s1jax.decoding.sampling import Sampling, request_key
+from s1jax.decoding.sampling import Draws, draws_of, request_key, sampling_params
 from s1jax.decoding.slot import Slot, columns, put_rows, state_of, take_rows
 from s1jax.decoding.wait_texts import TextRegister
 from s1jax.mesh import batch_shards, divisible_rows
@@ -75,9 +75,7 @@ class Engine:
         loaded: LoadedModel,
         tokenizer: PreTrainedTokenizerBase,
         profile: ProfileIds,
-        sampling: Sampling,
         *,
-        seed: int = 0,
         batch_size: int = 8,
         cache_tokens: int | None = None,
         logprobs: bool = False,
@@ -93,7 +91,9 @@ class Engine:
         one prompt compute it once. Results are those of each alone.
         """
         self._loaded, self._tokenizer, self._profile = loaded, tokenizer, profile
-        self._sampling, self._seed, self._logprobs, self._share = sampling, seed, logprobs, share
+        self._logprobs, self._share = logprobs, share
+        self._draws = Draws()
+        """What any request so far asks of the sampler."""
         self._batch = divisible_rows(batch_size, loaded.mesh)
         self._context = loaded.model.config.max_position_embeddings
         self._waiting: OrderedDict[Hashable, list[Request]] = OrderedDict()
@@ -134,6 +134,7 @@ class Engine:
         if problem := problem_of(request, self._profile, self._context, self._cache_tokens):
             raise ValueError(f"prompt {request.index}: {problem}")
         self._texts.add(request.budget)
+        self._draws |= draws_of(request.sampling)
         self._limit = max(self._limit, bucket(self._limit_of(request), self._context))
         self._waiting.setdefault(self._in_common(request), []).append(request)
 
@@ -230,7 +231,7 @@ class Engine:
         assert self._cache.arrays is not None
         self._cache.arrays, *results = decode_chunk(
             self._loaded.model,
-            self._sampling,
+            self._draws,
             STEPS_PER_CHUNK,
             self._logprobs,
             self._loaded.params,
@@ -339,7 +340,8 @@ class Engine:
         if not self._share:
             return id(request)
         budget, prompt = request.budget, tuple(request.prompt.prompt_ids)
-        return request.index, request.sample, prompt, budget.max_answer_tokens, budget.max_total_tokens
+        draws = request.index, request.sample, request.seed, request.sampling
+        return draws, prompt, budget.max_answer_tokens, budget.max_total_tokens
 
     def _longest_first(self, request: Request) -> tuple[int, int]:
         thinking, _ = resolve_max_thinking_tokens(request.budget, request.prompt, self._profile, self._context)
@@ -397,10 +399,11 @@ class Engine:
         )
         # A row without a request has a context of one padding token, so that its position is in the cache.
         state.length[len(requests) :] = 1
-        rows = Rows(state, params, np.zeros(size, np.int32), np.zeros((size, 2), np.uint32))
+        sampling = sampling_params([r.sampling for r in requests], size)
+        rows = Rows(state, params, np.zeros(size, np.int32), sampling, np.zeros((size, 2), np.uint32))
         for row, request in enumerate(requests):
             rows.last_token[row] = request.prompt.prompt_ids[-1]
-            rows.key_data[row] = jax.random.key_data(request_key(self._seed, request.index, request.sample))
+            rows.key_data[row] = jax.random.key_data(request_key(request.seed, request.index, request.sample))
         return rows
 
 

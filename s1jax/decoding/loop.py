@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from s1jax.decoding.budget import Phase, RowParams, RowState, Tables, end_attempts, step
-from s1jax.decoding.sampling import Sampling, sample, step_keys, token_logprobs
+from s1jax.decoding.sampling import Draws, SamplingParams, sample, step_keys, token_logprobs
 from s1jax.mesh import constrain, platform
 from s1jax.model.paged_attention import KVCache, PageTable, copy_page
 from s1jax.model.qwen import Params, Qwen
@@ -25,6 +25,7 @@ class Rows(NamedTuple):
     params: RowParams
     last_token: Int[Any, " batch"]
     """The last token of each row's context; its keys and values are not in the cache yet."""
+    sampling: SamplingParams
     key_data: Int[Any, "batch two"]
     """Each row's request key (`sampling.request_key`), as raw threefry data."""
 
@@ -90,7 +91,7 @@ def copy_pages(cache: KVCache, source: Int[Any, " shards"], target: Int[Any, " s
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(6,))
 def decode_chunk(
     model: Qwen,
-    sampling: Sampling,
+    draws: Draws,
     steps: int,
     with_logprobs: bool,
     params: Params,
@@ -101,8 +102,8 @@ def decode_chunk(
 ) -> tuple[KVCache, RowState, Int[Array, " batch"], Chunk]:
     """Take `steps` steps, on a CPU fewer if every row finishes; the cache is updated in place.
 
-    The table must have pages for `steps` more tokens of each row that is not finished. Returns the cache, the rows'
-    states and last tokens, and what was written.
+    `draws` has what any row's sampling asks for. The table must have pages for `steps` more tokens of each row that is
+    not finished. Returns the cache, the rows' states and last tokens, and what was written.
     """
     batch = rows.last_token.shape[0]
     keys = jax.random.wrap_key_data(rows.key_data, impl="threefry2x32")
@@ -120,7 +121,8 @@ def decode_chunk(
         hidden, new_cache = model.hidden_states(params, last_token[:, None], positions, cache=cache, page_table=table)
         assert new_cache is not None
         logits = constrain(model.logits(params, hidden[:, 0]), "batch", "vocab")
-        drawn, drawn_masked = sample(logits, step_keys(keys, state.length), sampling, shared.valid, shared.end_tokens)
+        own_keys = step_keys(keys, state.length)
+        drawn, drawn_masked = sample(logits, own_keys, draws, rows.sampling, shared.valid, shared.end_tokens)
         attempts = end_attempts(state, shared.tables, drawn)
         state, token, forced, written = step(state, rows.params, shared.tables, drawn, drawn_masked)
         logprobs = token_logprobs(logits, token) if with_logprobs else jnp.zeros(batch)

@@ -12,6 +12,7 @@ from s1jax.chat_template import render_chat
 from s1jax.config import BudgetSection
 from s1jax.decoding.budget import ThinkingBudget, build_tables, resolve_max_thinking_tokens
 from s1jax.decoding.profiles import PreparedPrompt, ProfileIds
+from s1jax.decoding.sampling import GREEDY, Sampling
 from s1jax.jsonl import Problem, read_jsonl
 from s1jax.paths import AnyPath
 from s1jax.tokenizer import encode, encode_all
@@ -47,8 +48,10 @@ class Request:
     prompt: PreparedPrompt
     budget: ThinkingBudget
     index: int
-    """Of the prompt in its run, from 0; with `sample` and the seed it determines every draw."""
+    """Of the prompt in its run, from 0; with `sample` and `seed` it determines every draw."""
     sample: int = 0
+    sampling: Sampling = GREEDY
+    seed: int = 0
 
 
 def problem_of(request: Request, profile: ProfileIds, context: int, cache_tokens: int | None = None) -> str | None:

@@ -1,8 +1,9 @@
-"""Samplers: one token per row from its logits, with the row's own key: no row depends on its batch."""
+"""Samplers: one token per row from its logits, with the row's own key and settings: no row depends on its batch."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from s1jax.mesh import platform
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Hashable, so it can be a static argument of a compiled function.
+    """How the tokens of a request are drawn.
 
     The filters apply in transformers' order: temperature, top_k, top_p (of what top_k left), min_p.
     Raises ValueError, with every problem, for values out of range.
@@ -44,6 +45,64 @@ class Sampling:
             raise ValueError("; ".join(problems))
 
 
+GREEDY = Sampling()
+
+
+class SamplingParams(NamedTuple):
+    """`Sampling` of each row."""
+
+    temperature: Float[Any, " batch"]
+    top_k: Int[Any, " batch"]
+    """0 keeps all."""
+    top_p: Float[Any, " batch"]
+    min_p: Float[Any, " batch"]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What the rows of a batch may ask of the sampler: static, so that what none asks for costs nothing."""
+
+    greedy: bool = False
+    whole: bool = False
+    """Of the whole vocabulary, without top_k."""
+    candidates: int = 0
+    """The greatest top_k, or somewhat more."""
+    top_p: bool = False
+    min_p: bool = False
+
+    def __or__(self, other: "Draws") -> "Draws":
+        """What either asks for."""
+        return Draws(
+            self.greedy or other.greedy,
+            self.whole or other.whole,
+            max(self.candidates, other.candidates),
+            self.top_p or other.top_p,
+            self.min_p or other.min_p,
+        )
+
+
+def draws_of(sampling: Sampling) -> Draws:
+    """What one row asks for."""
+    if sampling.temperature == 0:
+        return Draws(greedy=True)
+    # A power of two: other settings of a later request are mostly no other program.
+    candidates = 1 << (sampling.top_k - 1).bit_length() if sampling.top_k else 0
+    return Draws(
+        whole=sampling.top_k is None, candidates=candidates, top_p=sampling.top_p < 1, min_p=sampling.min_p > 0
+    )
+
+
+def sampling_params(samplings: Sequence[Sampling], size: int) -> SamplingParams:
+    """The settings of rows, and greedy ones up to `size`."""
+    rows = [*samplings, *[GREEDY] * (size - len(samplings))]
+    return SamplingParams(
+        np.array([row.temperature for row in rows], np.float32),
+        np.array([row.top_k or 0 for row in rows], np.int32),
+        np.array([row.top_p for row in rows], np.float32),
+        np.array([row.min_p for row in rows], np.float32),
+    )
+
+
 def request_key(seed: int, request_index: int, sample_index: int) -> Key[Array, ""]:
     """Return the key of one sample of one request.
 
@@ -64,7 +123,8 @@ def step_keys(request_keys: Key[Array, " batch"], positions: Int[Array, " batch"
 def sample(
     logits: Float[Array, "batch vocab"],
     keys: Key[Array, " batch"],
-    sampling: Sampling,
+    draws: Draws,
+    params: SamplingParams,
     valid: Bool[Array, " vocab"] | Bool[np.ndarray, " vocab"],
     end_tokens: Int[Array, " ends"] | Int[np.ndarray, " ends"],
 ) -> tuple[Int[Array, " batch"], Int[Array, " batch"]]:
@@ -72,31 +132,37 @@ def sample(
 
     The two draws are independent, and only ids that are `valid` come out. The end tokens are masked before
     the filters, so the filters have other ids to choose from even where they would have left nothing but
-    end tokens. Float32 throughout; `sampling` is static. Which of the two a row takes is for `budget.step`
-    to say.
+    end tokens. Float32 throughout; `draws` is static, and has what any row asks for. Which of the two a row takes is
+    for `budget.step` to say.
     """
     vocab = logits.shape[-1]
     logits = jnp.where(valid, logits.astype(jnp.float32), -jnp.inf)
     is_end = jnp.zeros(vocab, bool).at[end_tokens].set(True)
-    if sampling.temperature == 0:
-        return _argmax(logits), _argmax(jnp.where(is_end, -jnp.inf, logits))
-
-    scores = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
-    ids = None
-    if sampling.top_k is not None:
-        # Both draws come from one sort: without the end tokens, the rest is still in order. And however
-        # many of the end tokens are among the first, top_k + ends candidates hold the top_k others.
-        scores, ids = jax.lax.top_k(scores, min(sampling.top_k + end_tokens.shape[0], vocab))
-        is_end = is_end[ids]
-
+    greedy = params.temperature == 0
+    drawn = jnp.zeros((logits.shape[0], 2), jnp.int32)
+    if draws.greedy:
+        drawn = jnp.stack([_argmax(logits), _argmax(jnp.where(is_end, -jnp.inf, logits))], axis=1)
+    if draws.whole or draws.candidates:
+        scores = logits - logits.max(axis=-1, keepdims=True)
+        scores /= jnp.where(greedy, 1, params.temperature)[:, None]
     # Gumbel-max: the arg-max of scores plus Gumbel noise is a draw from their softmax. The "high" mode has
     # the far tail too, which a vocabulary of 150,000 does reach.
-    size = scores.shape[-1]
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, (2, size), jnp.float32, mode="high"))(keys)
-    both = jnp.stack([scores, jnp.where(is_end, -jnp.inf, scores)], 1)
-    drawn = _argmax(_filter(both, sampling) + noise)
-    if ids is not None:
-        drawn = jnp.take_along_axis(ids, drawn, axis=-1)
+    if draws.whole:
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, (2, vocab), jnp.float32, mode="high"))(keys)
+        both = jnp.stack([scores, jnp.where(is_end, -jnp.inf, scores)], 1)
+        whole = _argmax(_filter(both, draws, params, is_sorted=False) + noise)
+        drawn = jnp.where(greedy[:, None], drawn, whole)
+    if draws.candidates:
+        # Both draws come from one sort: without the end tokens, the rest is still in order. And however
+        # many of the end tokens are among the first, top_k + ends candidates hold the top_k others.
+        scores, ids = jax.lax.top_k(scores, min(draws.candidates + end_tokens.shape[0], vocab))
+        both = jnp.stack([scores, jnp.where(is_end[ids], -jnp.inf, scores)], 1)
+        # A candidate's noise is the same with more of them, which other rows may ask for.
+        size = scores.shape[-1]
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, (size, 2), jnp.float32, mode="high"))(keys)
+        chosen = _argmax(_filter(both, draws, params, is_sorted=True) + noise.swapaxes(1, 2))
+        among = jnp.take_along_axis(ids, chosen, axis=-1)
+        drawn = jnp.where((greedy | (params.top_k == 0))[:, None], drawn, among)
     return drawn[:, 0], drawn[:, 1]
 
 
@@ -112,25 +178,30 @@ def _argmax(scores: Float[Array, "*rows candidates"]) -> Int[Array, "*rows"]:
     return (block * size + inside)[..., 0].astype(jnp.int32)
 
 
-def _filter(scores: Float[Array, "batch 2 candidates"], sampling: Sampling) -> Float[Array, "batch 2 candidates"]:
-    """Mask what the filters take away; for top_k the scores, at most 0, are in falling order, -inf anywhere."""
-    if sampling.top_k is not None:
+def _filter(
+    scores: Float[Array, "batch 2 candidates"], draws: Draws, params: SamplingParams, *, is_sorted: bool
+) -> Float[Array, "batch 2 candidates"]:
+    """Mask what the filters take away; sorted scores, at most 0, are in falling order, -inf anywhere."""
+    top_k, top_p, min_p = (values[:, None, None] for values in params[1:])
+    if is_sorted:
         rank = jnp.cumsum(scores > -jnp.inf, axis=-1)
-        scores = jnp.where(rank <= sampling.top_k, scores, -jnp.inf)
-    if sampling.top_p < 1 and sampling.top_k is not None:
-        # So few, in order already, that running sums are the cheaper way.
-        probabilities = jax.nn.softmax(scores, axis=-1)
-        more_probable = jnp.cumsum(probabilities, axis=-1) - probabilities
-        scores = jnp.where(more_probable < sampling.top_p, scores, -jnp.inf)
-    elif sampling.top_p < 1:
-        scores = jnp.where(most_probable(scores, sampling.top_p), scores, -jnp.inf)
-    if sampling.min_p > 0:
-        lowest = scores.max(axis=-1, keepdims=True) + math.log(sampling.min_p)
-        scores = jnp.where(scores >= lowest, scores, -jnp.inf)
+        scores = jnp.where(rank <= top_k, scores, -jnp.inf)
+    if draws.top_p:
+        if is_sorted:
+            # So few, in order already, that running sums are the cheaper way.
+            probabilities = jax.nn.softmax(scores, axis=-1)
+            kept = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
+        else:
+            kept = most_probable(scores, top_p)
+        scores = jnp.where(kept | (top_p >= 1), scores, -jnp.inf)
+    if draws.min_p:
+        scores = jnp.where(scores >= scores.max(axis=-1, keepdims=True) + jnp.log(min_p), scores, -jnp.inf)
     return scores
 
 
-def most_probable(scores: Float[Array, "*rows vocab"], share: float) -> Bool[Array, "*rows vocab"]:
+def most_probable(
+    scores: Float[Array, "*rows vocab"], share: float | Float[Array, "..."]
+) -> Bool[Array, "*rows vocab"]:
     """Which ids are in the smallest set of most probable ones whose probabilities add up to at least `share`.
 
     Of equal ones the lower ids; scores are at most 0. Nothing is sorted: an id is in the set if those before it have

@@ -74,8 +74,6 @@ def build_engine(
         loaded,
         setup.tokenizer,
         setup.profile,
-        setup.sampling,
-        seed=config.sampling.seed,
         batch_size=rows_of(config.batch_size, loaded.mesh, num_requests),
         cache_tokens=config.cache.tokens,
         logprobs=logprobs,

@@ -18,7 +18,6 @@ from s1jax.decoding.engine import Engine
 from s1jax.decoding.profiles import DelimiterProfile, PreparedPrompt, ProfileIds
 from s1jax.decoding.requests import Request
 from s1jax.decoding.results import Finished
-from s1jax.decoding.sampling import Sampling
 from s1jax.model.load import LoadedModel
 from s1jax.model.paged_attention import PAGE
 
@@ -66,7 +65,7 @@ def run_workload(loaded: LoadedModel, section: BenchmarkSection, batch_size: int
     """Decode `section.requests` requests, once to compile and once to measure."""
     vocab_size = loaded.model.config.vocab_size
     requests, arrivals = _requests(section, vocab_size)
-    engine = Engine(loaded, no_words(), unending(vocab_size), Sampling(), batch_size=batch_size)
+    engine = Engine(loaded, no_words(), unending(vocab_size), batch_size=batch_size)
     for _ in engine.run(requests):
         pass
     waiting = list(zip(arrivals, requests, strict=True))[::-1]

@@ -84,7 +84,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
         for run, (index, question) in asked:
             if takes(index):
                 for sample in _missing_samples(config, run, question, done):
-                    request = Request(prompt(index, run.instruction), run.budget, index, sample)
+                    own = prompt(index, run.instruction)
+                    request = Request(own, run.budget, index, sample, setup.sampling, config.sampling.seed)
                     missing.append(_Job(run, question, request))
         return missing
 

@@ -8,7 +8,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
@@ -37,14 +37,6 @@ _MAX_ANSWER_TOKENS = 1024
 """Of what `max_gen_toks` allows, at most so many tokens are kept for the answer after the thinking."""
 _BUDGET_ARGUMENTS = ("max_tokens_thinking", "thinking_n_ignore", "thinking_n_ignore_str")
 """s1's names among gen_kwargs."""
-
-
-class _Settings(NamedTuple):
-    """What one run of the generator has for all its requests."""
-
-    thinks: bool
-    sampling: Sampling
-    seed: int
 
 
 @register_model("s1jax")
@@ -178,22 +170,16 @@ class S1jaxLM(TemplateLM):
         # A cache that one process has and another has not would leave them waiting for each other.
         same_everywhere({"requests": repr([instance.args for instance in requests])})
         stops: list[list[str]] = []
-        groups: dict[_Settings, list[Request]] = defaultdict(list)
+        groups: dict[bool, list[Request]] = defaultdict(list)
+        """By whether they think: there are two profiles."""
         for index, instance in enumerate(requests):
             context, gen_kwargs = instance.args
-            settings, request, until = self._request(index, context, gen_kwargs)
-            groups[settings].append(request)
+            thinks, request, until = self._request(index, context, gen_kwargs)
+            groups[thinks].append(request)
             stops.append(until)
         results = [""] * len(requests)
-        for settings, group in groups.items():
-            engine = Engine(
-                self._loaded,
-                self.tokenizer,
-                self._profiles[settings.thinks],
-                settings.sampling,
-                seed=settings.seed,
-                batch_size=self._batch_size,
-            )
+        for thinks, group in groups.items():
+            engine = Engine(self._loaded, self.tokenizer, self._profiles[thinks], batch_size=self._batch_size)
             for event in engine.run(group):
                 if isinstance(event, Finished):
                     index = event.request.index
@@ -201,8 +187,8 @@ class S1jaxLM(TemplateLM):
                     self.cache_hook.add_partial("generate_until", requests[index].args, results[index])
         return results
 
-    def _request(self, index: int, context: str, gen_kwargs: dict[str, Any]) -> tuple[_Settings, Request, list[str]]:
-        """The request of one context, the settings it runs under, and the texts that end its answer.
+    def _request(self, index: int, context: str, gen_kwargs: dict[str, Any]) -> tuple[bool, Request, list[str]]:
+        """Whether one context thinks, its request, and the texts that end its answer.
 
         Raises ValueError for gen_kwargs that are not known, or leave no room for an answer.
         """
@@ -228,7 +214,7 @@ class S1jaxLM(TemplateLM):
         else:
             budget = ThinkingBudget(max_answer_tokens=total)
         budget = replace(budget, max_total_tokens=len(prompt.prompt_ids) + total)
-        return _Settings(bool(thinking), sampling, seed), Request(prompt, budget, index), until
+        return bool(thinking), Request(prompt, budget, index, sampling=sampling, seed=seed), until
 
 
 def _thinking_budget(arguments: dict[str, Any], total: int, ending: int) -> ThinkingBudget:

@@ -17,6 +17,7 @@ from s1jax.decoding.budget import RowParams, RowState, Tables
 from s1jax.decoding.engine import STEPS_PER_CHUNK
 from s1jax.decoding.loop import Rows, Shared, decode_chunk
 from s1jax.decoding.pages import bucket
+from s1jax.decoding.sampling import SamplingParams, draws_of
 from s1jax.decoding.setup import rows_of, sampling_of
 from s1jax.device_memory import GIB
 from s1jax.mesh import batch_shards, device_bytes, make_mesh, named_sharding
@@ -170,7 +171,7 @@ def plan_generation(config: GenerateConfig, target: Target, devices: Sequence[ja
     with jax.set_mesh(mesh):
         lowered = loop.lower(
             model,
-            sampling_of(config.sampling),
+            draws_of(sampling_of(config.sampling)),
             STEPS_PER_CHUNK,
             config.logprobs,
             params,
@@ -243,7 +244,9 @@ def _abstract_rows(rows: int) -> Rows:
     flags = {"mask_end", "ends_in_newline"}
     state = RowState(**{name: array(jnp.bool_ if name in flags else jnp.int32) for name in RowState._fields})
     params = RowParams(**{name: array(jnp.int32) for name in RowParams._fields})
-    return Rows(state, params, array(jnp.int32), array(np.uint32, 2))
+    number = array(jnp.float32)
+    sampling = SamplingParams(number, array(jnp.int32), number, number)
+    return Rows(state, params, array(jnp.int32), sampling, array(np.uint32, 2))
 
 
 def _describe(plan: GenerationPlan, target: Target) -> str:

@@ -14,7 +14,6 @@ from s1jax.decoding.finite import NonFiniteError
 from s1jax.decoding.profiles import prepare_prompt
 from s1jax.decoding.requests import Request
 from s1jax.decoding.results import Finished
-from s1jax.decoding.sampling import Sampling
 from s1jax.decoding.score import score_rows
 from tests.decoding.conftest import run
 from tests.decoding.test_generate import profile_ids
@@ -68,7 +67,7 @@ def test_the_row_is_named_and_the_token(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"prompt 1, sample 0, after 5 tokens: .* come first in layer 0$"):
         generate(loaded, [good, bad], ThinkingBudget(max_answer_tokens=4), profile="none")
     # Those beside it are reported first.
-    engine = Engine(loaded, loaded.tokenizer, profile_ids(loaded, "none"), Sampling())
+    engine = Engine(loaded, loaded.tokenizer, profile_ids(loaded, "none"))
     budget = ThinkingBudget(max_answer_tokens=4)
     for index, prompt in enumerate((bad, good)):
         engine.submit(Request(prepare_prompt(prompt, profile_ids(loaded, "none")), budget, index))

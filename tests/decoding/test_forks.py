@@ -117,13 +117,11 @@ def families(loaded: LoadedModel, name: str, seed: int) -> list[Request]:
 @pytest.mark.parametrize("name", ["s1", "qwen3", "none"])
 @pytest.mark.parametrize("temperature", [0.0, 0.6])
 def test_shared_or_alone_results_are_the_same(loaded: LoadedModel, name: str, temperature: float) -> None:
-    requests = families(loaded, name, seed=len(name))
-    ids, sampling = profile_ids(loaded, name), Sampling(temperature=temperature)
+    sampling, ids = Sampling(temperature=temperature), profile_ids(loaded, name)
+    requests = [replace(r, sampling=sampling, seed=3) for r in families(loaded, name, seed=len(name))]
 
     def run(share: bool, batch_size: int) -> tuple[list[Generation], int]:
-        engine = Engine(
-            loaded, loaded.tokenizer, ids, sampling, seed=3, batch_size=batch_size, logprobs=True, share=share
-        )
+        engine = Engine(loaded, loaded.tokenizer, ids, batch_size=batch_size, logprobs=True, share=share)
         finished = [event for event in engine.run(requests) if isinstance(event, Finished)]
         results = {id(event.request): event.generation for event in finished}
         assert len(finished) == len(results) == len(requests)

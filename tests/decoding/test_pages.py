@@ -112,13 +112,13 @@ def test_requests_that_are_put_back_end_as_if_they_had_not_been(
     short = {"max_thinking_tokens": 30, "min_thinking_tokens": 0}
     requests += [replace(r, budget=replace(r.budget, **short)) for r in requests[:3]]
     requests += [replace(r, sample=1) for r in requests[:3]]
-    sampling = Sampling(temperature=temperature)
+    requests = [replace(r, sampling=Sampling(temperature=temperature)) for r in requests]
     loaded = on_devices(loaded, data, tensor)
     ids = profile_ids(loaded, "s1")
-    plenty = Engine(loaded, loaded.tokenizer, ids, sampling, batch_size=batch_size, share=False)
+    plenty = Engine(loaded, loaded.tokenizer, ids, batch_size=batch_size, share=False)
     alone = {id(e.request): e.generation for e in plenty.run(requests) if isinstance(e, Finished)}
     tokens = data * (num_pages(CONTEXT) + 1) * PAGE
-    engine = Engine(loaded, loaded.tokenizer, ids, sampling, cache_tokens=tokens, batch_size=batch_size)
+    engine = Engine(loaded, loaded.tokenizer, ids, cache_tokens=tokens, batch_size=batch_size)
     for request in requests:
         engine.submit(request)
     dropped = (requests[1], requests[14])
@@ -145,10 +145,10 @@ def test_rows_with_one_prompt_hold_its_pages_once(loaded: LoadedModel) -> None:
     ids = profile_ids(loaded, "s1")
     prompt = prepare_prompt(np.random.default_rng(0).integers(0, 362, PAGE + 5).tolist(), ids)
     budget = ThinkingBudget(max_thinking_tokens=45, min_thinking_tokens=40, max_answer_tokens=9)
-    requests = [Request(prompt, budget, 0, sample) for sample in range(8)]
+    requests = [Request(prompt, budget, 0, sample, Sampling(temperature=1.0)) for sample in range(8)]
     results = {}
     for share in (False, True):
-        engine = Engine(loaded, loaded.tokenizer, ids, Sampling(temperature=1.0), batch_size=8, share=share)
+        engine = Engine(loaded, loaded.tokenizer, ids, batch_size=8, share=share)
         for request in requests:
             engine.submit(request)
         events = engine.step()
@@ -163,11 +163,11 @@ def test_rows_with_one_prompt_hold_its_pages_once(loaded: LoadedModel) -> None:
 def test_a_row_that_the_pages_do_not_hold_is_refused(loaded: LoadedModel) -> None:
     ids = profile_ids(loaded, "s1")
     request = Request(prepare_prompt([5], ids), ThinkingBudget(max_answer_tokens=9), 0)
-    engine = Engine(loaded, loaded.tokenizer, ids, Sampling(), cache_tokens=CONTEXT - 1)
+    engine = Engine(loaded, loaded.tokenizer, ids, cache_tokens=CONTEXT - 1)
     with pytest.raises(ValueError, match=r"prompt 0: may need 160 tokens, and cache\.tokens is 159"):
         engine.submit(request)
     # Each of eight shards has a part of the pages.
-    engine = Engine(loaded, loaded.tokenizer, ids, Sampling(), cache_tokens=CONTEXT)
+    engine = Engine(loaded, loaded.tokenizer, ids, cache_tokens=CONTEXT)
     with pytest.raises(ValueError, match="prompt 0: may need 160 tokens, and a row has room for 64"):
         list(engine.run([request]))
 
@@ -177,7 +177,7 @@ def test_pages_for_less_than_the_size_that_is_compiled_for_are_enough() -> None:
     """A row of 400 tokens, which is compiled for 512, in pages for 448; then one for which more must be claimed."""
     loaded = untrained(640)
     vocab_size = loaded.model.config.vocab_size
-    engine = Engine(loaded, no_words(), unending(vocab_size), Sampling(), cache_tokens=400, batch_size=2)
+    engine = Engine(loaded, no_words(), unending(vocab_size), cache_tokens=400, batch_size=2)
 
     def request(index: int, tokens: int) -> Request:
         prompt = PreparedPrompt(tuple(range(index + 1, index + 11)), 0, False)

@@ -18,7 +18,6 @@ from s1jax.decoding.prefill_queue import PIECE
 from s1jax.decoding.profiles import PreparedPrompt
 from s1jax.decoding.requests import Request
 from s1jax.decoding.results import Finished, Generation
-from s1jax.decoding.sampling import Sampling
 from s1jax.decoding.workload import no_words, unending
 from s1jax.model.load import LoadedModel
 from s1jax.model.paged_attention import PAGE, num_pages
@@ -146,7 +145,7 @@ def results(engine: Engine, all_requests: Sequence[Request]) -> dict[int, Genera
 
 def engine_of(loaded: LoadedModel, **settings: bool | int) -> Engine:
     vocab_size = loaded.model.config.vocab_size
-    return Engine(loaded, no_words(), unending(vocab_size), Sampling(), **{"batch_size": 4, **settings})
+    return Engine(loaded, no_words(), unending(vocab_size), **{"batch_size": 4, **settings})
 
 
 @pytest.mark.slow

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy import stats
 
-from s1jax.decoding.sampling import Sampling, most_probable, request_key, sample, step_keys, token_logprobs
+from s1jax.decoding.sampling import (
+    Draws,
+    Sampling,
+    draws_of,
+    most_probable,
+    request_key,
+    sample,
+    sampling_params,
+    step_keys,
+    token_logprobs,
+)
 from s1jax.mesh import make_mesh, named_sharding
 from s1jax.planning.hlo import Program
 
@@ -50,7 +62,7 @@ def distribution(sampling: Sampling, masked: bool) -> np.ndarray:
 
 SCORES = [0.0, -0.0, -1e-45, -0.5, -1.0, -1.0000001, -3.0, -20.0, -200.0, -3e38, -np.inf]
 
-sample_compiled = jax.jit(sample, static_argnames="sampling")
+sample_compiled = jax.jit(sample, static_argnames="draws")
 most_probable_compiled = jax.jit(most_probable, static_argnums=1)
 
 
@@ -61,7 +73,8 @@ def draws(sampling: Sampling, seed: int = 0, logits=LOGITS, ends=ENDS) -> np.nda
     """Both draws of COUNT rows that differ in nothing but their position. [2, COUNT]"""
     keys = step_keys(jnp.broadcast_to(request_key(seed, 0, 0), (COUNT,)), jnp.arange(COUNT))
     batch = jnp.broadcast_to(jnp.asarray(logits), (COUNT, VOCAB))
-    return np.stack(sample_compiled(batch, keys, sampling, VALID, ends))
+    params = sampling_params([sampling] * COUNT, COUNT)
+    return np.stack(sample_compiled(batch, keys, draws_of(sampling), params, VALID, ends))
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -98,7 +111,9 @@ def test_a_vocabulary_in_parts_is_not_gathered():
         (8, 8192), jnp.float32, sharding=named_sharding(make_mesh(1, 2, 8), ("batch", "vocab"), (8, 8192))
     )
     keys = jax.eval_shape(lambda: jax.random.split(request_key(0, 0, 0), 8))
-    lowered = sample_compiled.lower(logits, keys, Sampling(temperature=1.0, top_p=0.9), np.ones(8192, bool), ENDS)
+    sampling = Sampling(temperature=1.0, top_p=0.9)
+    params = sampling_params([sampling] * 8, 8)
+    lowered = sample_compiled.lower(logits, keys, draws_of(sampling), params, np.ones(8192, bool), ENDS)
     exchanged = [collective.num_bytes for collective in Program(lowered.compile().as_text()).collectives]
     # Sums and maxima of rows, and the 128 scores of the block that has a row's greatest; logits are 262,144 bytes.
     assert 0 < max(exchanged) <= 4 * 8 * 2 * 128
@@ -176,16 +191,20 @@ def test_a_profile_without_end_tokens_masks_nothing(sampling):
         assert np.isin(second, ENDS).any()
 
 
-@pytest.mark.parametrize("sampling", [Sampling(temperature=1.0), SAMPLINGS[-1]])
-def test_a_row_does_not_depend_on_its_batch(sampling):
-    rows = 16
-    logits = np.random.default_rng(1).normal(size=(rows, VOCAB)).astype(np.float32)
-    keys = jnp.stack([request_key(5, i // 2, i % 2) for i in range(rows)])
-    positions = jnp.arange(rows) % 3
-    whole = sample_compiled(logits, step_keys(keys, positions), sampling, VALID, ENDS)
-    for i in range(rows):
+@pytest.mark.parametrize("samplings", [[Sampling(temperature=1.0)], SAMPLINGS[-1:], [Sampling(), *SAMPLINGS]])
+def test_a_row_does_not_depend_on_its_batch(samplings):
+    """Nor on how its other rows are drawn."""
+    own = [samplings[i % len(samplings)] for i in range(16)]
+    logits = np.random.default_rng(1).normal(size=(len(own), VOCAB)).astype(np.float32)
+    keys = jnp.stack([request_key(5, i // 2, i % 2) for i in range(len(own))])
+    positions = jnp.arange(len(own)) % 3
+    draws = functools.reduce(Draws.__or__, map(draws_of, own))
+    params = sampling_params(own, len(own))
+    whole = sample_compiled(logits, step_keys(keys, positions), draws, params, VALID, ENDS)
+    for i, sampling in enumerate(own):
         key = step_keys(keys[i, None], positions[i, None])
-        alone = sample_compiled(logits[i, None], key, sampling, VALID, ENDS)
+        params = sampling_params([sampling], 1)
+        alone = sample_compiled(logits[i, None], key, draws_of(sampling), params, VALID, ENDS)
         assert [int(ids[0]) for ids in alone] == [int(ids[i]) for ids in whole]
 
 

@@ -13,7 +13,6 @@ from s1jax.decoding.engine import STEPS_PER_CHUNK, Engine
 from s1jax.decoding.profiles import PreparedPrompt
 from s1jax.decoding.requests import Request
 from s1jax.decoding.results import Finished
-from s1jax.decoding.sampling import Sampling
 from s1jax.decoding.workload import no_words, unending
 from s1jax.model.paged_attention import PAGE, num_pages
 from s1jax.planning.evaluation import simulate
@@ -62,9 +61,7 @@ def test_the_engine_takes_the_chunks_that_are_simulated(tokens: int) -> None:
         )
         for index in range(14)
     ]
-    engine = Engine(
-        loaded, no_words(), unending(vocab_size), Sampling(), batch_size=4, cache_tokens=tokens, share=False
-    )
+    engine = Engine(loaded, no_words(), unending(vocab_size), batch_size=4, cache_tokens=tokens, share=False)
     for request in requests:
         engine.submit(request)
     chunks = used = decoded = 0
