@@ -334,6 +334,8 @@ def _split_numbers(value: Any) -> Any:
     return parts
 
 
+LOG_NORMAL = r"^lognormal:[1-9]\d*:[1-9]\d*$"
+"""How lengths are given by their mean and their greatest."""
 Baseline = Literal["token_conditional", "step_conditional", "rejection"]
 SeparatedTexts = BeforeValidator(_split)
 SeparatedNumbers = BeforeValidator(_split_numbers)
@@ -400,7 +402,7 @@ class BenchmarkSection:
     requests: Positive | None = Field(
         default=None, description="so many requests of various lengths as well, with prefill, at each batch size"
     )
-    lengths: Annotated[str, Field(pattern=r"^lognormal:[1-9]\d*:[1-9]\d*$")] = Field(
+    lengths: Annotated[str, Field(pattern=LOG_NORMAL)] = Field(
         default="lognormal:256:2048", description="tokens that requests generate, as lognormal:MEAN:MAX"
     )
     rate: Annotated[float, Field(gt=0)] | None = Field(

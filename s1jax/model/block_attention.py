@@ -79,7 +79,7 @@ def add_block(sums: Sums, scores: Float[Array, "*queries keys"], value: Float[Ar
     weights = jnp.exp(scores - larger[..., None])
     shrink = jnp.exp(largest - larger)
     total = total * shrink + jnp.sum(weights, axis=-1)
-    context = context * shrink[..., None] + _product(weights.astype(value.dtype), value)
+    context = context * shrink[..., None] + product(weights.astype(value.dtype), value)
     return larger, total, context
 
 
@@ -97,7 +97,7 @@ def _forward(
 
     def attend(i: Array) -> tuple[Array, Array]:
         def add(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            scores = _product(query[i], key_columns[j])
+            scores = product(query[i], key_columns[j])
             by_head = scores.reshape(*scores.shape[:2], -1, BLOCK, BLOCK)
             scores = jnp.where(_seen(segments, i, j)[:, None, None], by_head, MASKED).reshape(scores.shape)
             return add_block(carry, scores, value[j])
@@ -121,17 +121,17 @@ def _backward(
     def attend(i: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         def add(j: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             of_query, of_key, of_value = sums
-            scores = _product(key[j], query_columns[i])
+            scores = product(key[j], query_columns[i])
             weights = jnp.exp(scores - normaliser[i][:, :, None])
             by_head = weights.reshape(*weights.shape[:3], -1, BLOCK)
             seen = _seen(segments, i, j).swapaxes(1, 2)[:, None, :, None]
             weights = jnp.where(seen, by_head, 0.0).reshape(weights.shape)
-            of_scores = weights * (_product(value[j], gradient_columns[i]) - shared[i][:, :, None])
+            of_scores = weights * (product(value[j], gradient_columns[i]) - shared[i][:, :, None])
             of_scores = of_scores.astype(query.dtype)
             return (
-                of_query.at[i].add(_product(key_columns[j], of_scores)),
-                of_key.at[j].add(_product(of_scores, query[i])),
-                of_value.at[j].add(_product(weights.astype(value.dtype), gradient[i])),
+                of_query.at[i].add(product(key_columns[j], of_scores)),
+                of_key.at[j].add(product(of_scores, query[i])),
+                of_value.at[j].add(product(weights.astype(value.dtype), gradient[i])),
             )
 
         return jax.lax.fori_loop(first[i], i + 1, add, sums)
@@ -141,7 +141,8 @@ def _backward(
     return of_query.swapaxes(3, 4).astype(query.dtype), of_key.astype(key.dtype), of_value.astype(value.dtype), None
 
 
-def _product(left: Array, right: Array) -> Array:
+def product(left: Array, right: Array) -> Array:
+    """The matrix product, in float32 whatever the operands are."""
     return jnp.matmul(left, right, precision=precision_of(left), preferred_element_type=jnp.float32)
 
 

@@ -18,7 +18,7 @@ from s1jax.config import Implementation
 from s1jax.mesh import LOGICAL_AXES, platform
 from s1jax.model import cpu_kernel
 from s1jax.model.accelerator_attention import Heads, KeyValueHeads, cudnn_paged_attention, tpu_paged_attention
-from s1jax.model.block_attention import MASKED, add_block, no_blocks
+from s1jax.model.block_attention import MASKED, add_block, no_blocks, product
 from s1jax.model.config import QwenConfig
 from s1jax.model.projection import precision_of
 
@@ -160,16 +160,21 @@ def _on_shards(function: Callable[..., Any], in_specs: tuple[PartitionSpec, ...]
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
+def _of_rows(pages: Pages, table: PageTable) -> Float[Array, "batch kv_heads tokens head_dim"]:
+    """A copy of the rows' pages, in their order."""
+    # From (heads, rows, pages, slots, head_dim).
+    gathered = pages[:, table].swapaxes(0, 1)
+    return gathered.reshape(*gathered.shape[:2], -1, pages.shape[-1])
+
+
 def _gathered(
     query: Float[Array, "batch kv_heads queries head_dim"], keys: Pages, values: Pages, table: PageTable, last: Array
 ) -> Float[Array, "batch kv_heads queries head_dim"]:
     """The formula, over a copy of the pages."""
     head_dim = query.shape[-1]
-    # (heads, rows, pages, slots, head_dim) to (rows, heads, slots of all pages, head_dim)
-    gathered = (x[:, table].swapaxes(0, 1) for x in (keys, values))
-    keys, values = (x.reshape(*x.shape[:2], -1, head_dim) for x in gathered)
-    product = partial(jnp.einsum, precision=precision_of(query), preferred_element_type=jnp.float32)
-    scores = product("bkgd,bksd->bkgs", query, keys) * head_dim**-0.5
+    keys, values = _of_rows(keys, table), _of_rows(values, table)
+    product_of = partial(jnp.einsum, precision=precision_of(query), preferred_element_type=jnp.float32)
+    scores = product_of("bkgd,bksd->bkgs", query, keys) * head_dim**-0.5
     seen = jnp.arange(keys.shape[2]) <= last[:, None, None, None]
     scores = jnp.where(seen, scores, -jnp.inf)
     # What others left in these pages may be no numbers, which a weight of zero would not keep out.
@@ -177,7 +182,7 @@ def _gathered(
     # Divided by their sum only after the product: one pass less over the scores, which are as long as the rows.
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    context = product("bkgs,bksd->bkgd", weights.astype(values.dtype), values)
+    context = product_of("bkgs,bksd->bkgd", weights.astype(values.dtype), values)
     return context / total
 
 
@@ -201,13 +206,10 @@ def _in_blocks(query: Piece, keys: Pages, values: Pages, table: PageTable, posit
     queries = (query * head_dim**-0.5).transpose(0, 2, 3, 1, 4).reshape(batch, heads, group * length, head_dim)
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % _PAGES_PER_BLOCK)), constant_values=UNUSED_PAGE)
     block = _PAGES_PER_BLOCK * PAGE
-    product = partial(jnp.matmul, precision=precision_of(query), preferred_element_type=jnp.float32)
 
     def add(i: Array, sums: Any) -> Any:
         pages = jax.lax.dynamic_slice_in_dim(table, i * _PAGES_PER_BLOCK, _PAGES_PER_BLOCK, axis=1)
-        # (heads, rows, pages, slots, head_dim) to (rows, heads, slots of all pages, head_dim)
-        gathered = (x[:, pages].swapaxes(0, 1) for x in (keys, values))
-        key, value = (x.reshape(batch, heads, block, head_dim) for x in gathered)
+        key, value = _of_rows(keys, pages), _of_rows(values, pages)
         slots = i * block + jnp.arange(block)
         # What others left in pages may be no numbers, which a weight of zero would not keep out.
         written = jnp.repeat(pages != UNUSED_PAGE, PAGE, axis=1) & (slots <= positions[:, -1:])

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from operator import eq
 
-from s1jax.config import CacheSection, EvaluateConfig, EvaluatePlanSection, GenerateConfig
+from s1jax.config import LOG_NORMAL, CacheSection, EvaluateConfig, EvaluatePlanSection, GenerateConfig
 from s1jax.decoding.engine import STEPS_PER_CHUNK
 from s1jax.decoding.pages import bucket
 from s1jax.decoding.workload import SIGMA, lengths_of
@@ -208,7 +208,7 @@ def _groups(config: EvaluateConfig, limit: int) -> tuple[list[Group], int, str]:
     if not section.lengths.startswith("lognormal:"):
         return _measured(section.lengths, share=config.sweep.share)
     count = section.questions or count_questions(config.tasks, config.limit)
-    if not re.fullmatch(r"lognormal:[1-9]\d*:[1-9]\d*", section.lengths):
+    if not re.fullmatch(LOG_NORMAL, section.lengths):
         raise PlanError(f"plan.lengths: {section.lengths} is not lognormal:MEAN:MAX")
     mean, longest = lengths_of(section.lengths)
     longest = min(longest, limit - section.prompt_length)
