@@ -2,10 +2,10 @@
 
 import sys
 
-from s1jax.config import TrainConfig
 from s1jax.config_reader import command_line
 from s1jax.device_memory import use_most_of_memory
 from s1jax.planning.hardware import use_compilers_only
+from s1jax.training.config import TrainConfig
 
 
 def main(words: list[str]) -> int:

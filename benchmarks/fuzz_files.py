@@ -16,7 +16,7 @@ import pyarrow.parquet
 import safetensors
 
 from s1jax import ThinkingBudget
-from s1jax.config import EvaluateConfig, GenerateConfig, ScoreConfig, TrainConfig
+from s1jax.config import EvaluateConfig, GenerateConfig, ScoreConfig
 from s1jax.config_reader import load_config
 from s1jax.curation.card import Entry, add_to_card
 from s1jax.curation.collect import collect
@@ -42,6 +42,7 @@ from s1jax.resume import keep_settings
 from s1jax.tokenizer import load_tokenizer
 from s1jax.training.checkpoint import Checkpoints
 from s1jax.training.checkpoint_files import damage
+from s1jax.training.config import TrainConfig
 from s1jax.training.metrics import MetricsFile
 from s1jax.training.run_directory import check_config
 from s1jax.training.step import TrainState

@@ -35,6 +35,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "layers": (),
     "norm": (),
+    "rank": (),
 }
 
 

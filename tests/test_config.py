@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from s1jax.config import BenchmarkConfig, EvaluateConfig, GenerateConfig, ScoreConfig, TrainConfig
+from s1jax.config import BenchmarkConfig, EvaluateConfig, GenerateConfig, ScoreConfig
 from s1jax.config_reader import ConfigError, config_help, config_keys, load_config
 from s1jax.curation.config import CurateConfig
 from s1jax.paths import BucketPath
+from s1jax.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["model.path=m", "input=i", "output=o"]

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s1jax.config import EvaluateConfig, GenerateConfig, ScoreConfig, TrainConfig
+from s1jax.config import EvaluateConfig, GenerateConfig, ScoreConfig
 from s1jax.config_reader import ConfigError, config_keys, load_config
 from s1jax.curation.config import CurateConfig
+from s1jax.training.config import TrainConfig
 
 REQUIRED = {
     ScoreConfig: ["model.path=m", "input=i", "output=o"],

@@ -11,13 +11,14 @@ import numpy as np
 from benchmarks.device.report import Report, Row
 from benchmarks.device.sizes import Sizes
 from benchmarks.device.timing import seconds_of, shares_of_time
-from s1jax.config import OptimizerSection, Remat
+from s1jax.config import Remat
 from s1jax.data.packing import Batch
 from s1jax.device_memory import limit_bytes
 from s1jax.mesh import make_mesh
 from s1jax.model.config import QwenConfig
 from s1jax.model.flops import peak_flops, training_flops
 from s1jax.model.qwen import Qwen
+from s1jax.training.config import OptimizerSection
 from s1jax.training.step import abstract_state, batch_sharding, compile_step, init_state
 
 _EXAMPLES = 2
@@ -49,12 +50,12 @@ def _step(report: Report, name: str, config: QwenConfig, remat: Remat, sizes: Si
         batch = jax.device_put(batch, batch_sharding(mesh))
         started = time.perf_counter()
         jitted: Any = compile_step(model, section, 100, mesh)
-        step = jitted.lower(abstract_state(model, section, mesh), batch).compile()
+        step = jitted.lower(abstract_state(model, section, mesh), {}, batch).compile()
         compiled_in = time.perf_counter() - started
         state = [init_state(model, section, mesh, model.init(jax.random.key(0), mesh))]
 
         def take() -> Any:
-            state[0], metrics = step(state[0], batch)
+            state[0], metrics = step(state[0], {}, batch)
             return metrics
 
         first = float(take().loss)
@@ -65,7 +66,7 @@ def _step(report: Report, name: str, config: QwenConfig, remat: Remat, sizes: Si
         f"training learns its batch ({name})", passed=last < first, found=f"loss {first:.3f}, then {last:.3f}"
     )
     peak = peak_flops([device.device_kind])
-    flops = training_flops(config, length, int(np.sum(lengths.astype(np.int64) ** 2)))
+    flops = training_flops(config, None, length, int(np.sum(lengths.astype(np.int64) ** 2)))
     analysis = step.memory_analysis()
     planned = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
     measured = (device.memory_stats() or {}).get("peak_bytes_in_use")

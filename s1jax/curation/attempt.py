@@ -55,7 +55,7 @@ def _compute(
     from s1jax.decoding.results import Finished
     from s1jax.decoding.setup import build_engine, prepare
     from s1jax.model.fingerprint import fingerprint
-    from s1jax.model.hf import resolve_model
+    from s1jax.model.hf_files import resolve_model
 
     same = {key: getattr(section, key) for key in ("path", "dtype", "budget", "instruction")}
     same |= {f"the model's {name}": found for name, found in fingerprint(resolve_model(path)).items()}

@@ -18,8 +18,7 @@ from s1jax.decoding.results import Finished
 from s1jax.decoding.setup import Setup, build_engine, check_requests, prepare
 from s1jax.decoding.terminal import TerminalWriter
 from s1jax.jsonl import InputError
-from s1jax.model.fingerprint import fingerprint
-from s1jax.model.hf import resolve_model
+from s1jax.model.fingerprint import model_fingerprint
 from s1jax.paths import any_path
 from s1jax.processes import together
 from s1jax.resume import keep_settings, settings_of
@@ -57,7 +56,7 @@ def generate(config: GenerateConfig) -> None:
         def resume() -> list[tuple[int, int]]:
             """What is done; refuses an output of a run with other settings or prompts."""
             beside = output.path.with_name(output.path.name + ".config.json")
-            settings = settings_of(config, _FREE_TO_CHANGE, fingerprint(resolve_model(config.model.path)))
+            settings = settings_of(config, _FREE_TO_CHANGE, model_fingerprint(config.model))
             keep_settings(settings, output.path, beside, save=hosts.processes.index == 0)
             asked = {request.index: _asked(prompts[request.index], request) for request in requests}
             rows = output.rows()

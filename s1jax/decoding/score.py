@@ -17,8 +17,8 @@ from s1jax.decoding.hosts import Row, SharedOutput, same_command, start_hosts, t
 from s1jax.jsonl import InputError, Problem, read_jsonl
 from s1jax.mesh import constrain, divisible_rows
 from s1jax.model.config import QwenConfig
-from s1jax.model.fingerprint import fingerprint
-from s1jax.model.hf import resolve_model
+from s1jax.model.fingerprint import model_fingerprint
+from s1jax.model.hf_files import resolve_model
 from s1jax.model.load import LoadedModel, load_model
 from s1jax.model.qwen import Params, Qwen
 from s1jax.model.token_logprobs import token_logprobs
@@ -59,7 +59,7 @@ def score(config: ScoreConfig) -> None:
 
         def resume() -> list[int]:
             beside = output.path.with_name(output.path.name + ".config.json")
-            settings = settings_of(config, _FREE_TO_CHANGE, fingerprint(resolve_model(config.model.path)))
+            settings = settings_of(config, _FREE_TO_CHANGE, model_fingerprint(config.model))
             keep_settings(settings, output.path, beside, save=hosts.processes.index == 0)
             numbers = []
             for row in output.rows():

@@ -15,7 +15,8 @@ from s1jax.decoding.sampling import Sampling
 from s1jax.jsonl import LISTED_PROBLEMS, InputError
 from s1jax.mesh import batch_shards, divisible_rows
 from s1jax.model.config import QwenConfig
-from s1jax.model.hf import check_sizes, resolve_model
+from s1jax.model.hf import check_sizes
+from s1jax.model.hf_files import resolve_model
 from s1jax.model.load import load_model
 from s1jax.tokenizer import load_tokenizer
 

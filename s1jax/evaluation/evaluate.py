@@ -24,8 +24,7 @@ from s1jax.evaluation.runs import Run, plan_runs
 from s1jax.evaluation.summary import Line, accepted, summarise
 from s1jax.evaluation.tasks import Question, load_tasks
 from s1jax.jsonl import InputError
-from s1jax.model.fingerprint import fingerprint
-from s1jax.model.hf import resolve_model
+from s1jax.model.fingerprint import model_fingerprint
 from s1jax.paths import any_path, write_whole
 from s1jax.processes import together
 from s1jax.resume import keep_settings, settings_of
@@ -101,7 +100,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
 
         def resume() -> list[Line]:
             """Of the lines that are there, what `jobs` needs; refuses those of other settings, models or questions."""
-            settings = settings_of(config, _FREE_TO_CHANGE, fingerprint(resolve_model(config.model.path)))
+            settings = settings_of(config, _FREE_TO_CHANGE, model_fingerprint(config.model))
             settings["sweep"].pop("share")
             first = hosts.processes.index == 0
             keep_settings(settings, output.path, directory / "config.json", save=first)

@@ -9,21 +9,24 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from s1jax.model.adapter import adapter_config, adapter_layouts
 from s1jax.model.config_json import read_config_json
-from s1jax.model.hf import INDEX_FILE, SINGLE_FILE, expected_shapes, get_at, stored_tensors
-from s1jax.model.hf_names import TensorLayout
+from s1jax.model.hf import expected_shapes, get_at, stored_tensors
+from s1jax.model.hf_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_FILE, SINGLE_FILE
+from s1jax.model.hf_names import TensorLayout, tensor_layouts
 from s1jax.model.qwen import Params, Qwen
 from s1jax.model.safetensors_files import CheckpointError, make_file
 from s1jax.paths import AnyPath, BucketPath, remove_tree, write_whole
@@ -55,25 +58,52 @@ def export_model(
     weights are stored as (default: as they are); they are cast where they lie, and only the first process has them
     sent from its devices. Files have at most `max_file_bytes` (default: 5 GB, in a bucket 1 GB), or one tensor.
 
-    Raises CheckpointError if `directory` exists or cannot be written; then no model stands under that name.
+    A model's adapters are merged into its weights. Raises CheckpointError if `directory` exists or cannot be written;
+    then no model stands under that name.
     """
     if is_exported(directory) or (isinstance(directory, Path) and directory.exists()):
         raise CheckpointError(directory, ["already exists; choose another name or remove it"])
     dtype = np.dtype(dtype or model.param_dtype)
-    in_bucket = isinstance(directory, BucketPath)
-    limit = max_file_bytes or (_MAX_OBJECT_BYTES if in_bucket else _MAX_FILE_BYTES)
-    target = directory if in_bucket else directory.with_name(f".{directory.name}.partial")
+    limit = max_file_bytes or (_MAX_OBJECT_BYTES if isinstance(directory, BucketPath) else _MAX_FILE_BYTES)
+    with _new_directory(directory) as target:
+        _write_model(target, model, params, dtype, limit)
+        if target:
+            _write_texts(target, model, source, dtype)
+
+
+def export_adapter(directory: AnyPath, model: Qwen, params: Params, *, base: str) -> None:
+    """Write a model's adapters as PEFT does, in their own dtype, in place of an earlier directory of that name.
+
+    `base` is what they say their model is called. All processes take part, the first one writes. Raises
+    CheckpointError if it cannot.
+    """
+    assert model.lora is not None
+    if jax.process_index() == 0:
+        remove_tree(directory)
+    layouts = adapter_layouts(tensor_layouts(model.config), model.lora)
+    with _new_directory(directory) as target:
+        tensors, shapes = list(stored_tensors(model, layouts)), expected_shapes(model, layouts)
+        content = _file(target, model, params, tensors, shapes, np.dtype(model.param_dtype))
+        if target:
+            write_whole(target / ADAPTER_WEIGHTS, content)
+            write_whole(target / ADAPTER_CONFIG, adapter_config(model.lora, base).encode())
+
+
+@contextlib.contextmanager
+def _new_directory(directory: AnyPath) -> Iterator[AnyPath | None]:
+    """Where the first process writes, which gets the name that it is to have when all is there; None for the others.
+
+    Raises CheckpointError for an OSError, with nothing left behind.
+    """
+    target = directory if isinstance(directory, BucketPath) else directory.with_name(f".{directory.name}.partial")
     writer = jax.process_index() == 0
     try:
         if writer:
             remove_tree(target)
-        with ThreadPoolExecutor(_UPLOADS if in_bucket else 1) as pool:
-            _write_weights(target if writer else None, pool, model, params, dtype, limit)
-        if writer:
-            _write_texts(target, model, source, dtype)
-            if isinstance(target, Path) and isinstance(directory, Path):
-                _sync(target)
-                target.rename(directory)
+        yield target if writer else None
+        if writer and isinstance(target, Path) and isinstance(directory, Path):
+            _sync(target)
+            target.rename(directory)
     except OSError as error:
         if writer:
             with contextlib.suppress(OSError):
@@ -82,45 +112,35 @@ def export_model(
     multihost_utils.sync_global_devices(f"exported {directory}")
 
 
-def _write_weights(
-    directory: AnyPath | None,
-    pool: ThreadPoolExecutor,
-    model: Qwen,
-    params: Params,
-    dtype: np.dtype,
-    max_file_bytes: int,
-) -> None:
-    """Every process computes what is stored; the one that has a directory fetches it and writes."""
-    files = _files(model, dtype, max_file_bytes)
-    shapes = expected_shapes(model)
+def _write_model(directory: AnyPath | None, model: Qwen, params: Params, dtype: np.dtype, max_file_bytes: int) -> None:
+    """The weights, in as many files as they need."""
+    shapes = expected_shapes(model, tensor_layouts(model.config))
+    files = _files(model, shapes, dtype, max_file_bytes)
     weight_map = {}
     under_way: deque[Future[None]] = deque()
-    for number, tensors in enumerate(files, start=1):
-        file = SINGLE_FILE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        names = [layout.name.format(layer) for layout, layer in tensors]
-        weight_map.update(dict.fromkeys(names, file))
-        content, places = make_file({name: shapes[name] for name in names if directory}, dtype)
-        for name, (layout, layer) in zip(names, tensors, strict=True):
-            stored = _as_stored(layout, dtype, get_at(params, layout.path), layer).block_until_ready()
+    with ThreadPoolExecutor(_UPLOADS if isinstance(directory, BucketPath) else 1) as pool:
+        for number, tensors in enumerate(files, start=1):
+            file = SINGLE_FILE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+            weight_map.update({layout.name.format(layer): file for layout, layer in tensors})
+            content = _file(directory, model, params, tensors, shapes, dtype)
             if directory:
-                np.copyto(places[name], np.asarray(stored))
-        if directory:
-            if len(under_way) == _UPLOADS:
-                under_way.popleft().result()
-            under_way.append(pool.submit(write_whole, directory / file, content))
-    for future in under_way:
-        future.result()
+                if len(under_way) == _UPLOADS:
+                    under_way.popleft().result()
+                under_way.append(pool.submit(write_whole, directory / file, content))
+        for future in under_way:
+            future.result()
     if directory and len(files) > 1:
         total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
         _write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _files(model: Qwen, dtype: np.dtype, max_bytes: int) -> list[list[tuple[TensorLayout, int]]]:
+def _files(
+    model: Qwen, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, max_bytes: int
+) -> list[list[tuple[TensorLayout, int]]]:
     """The tensors of each file, as layout and layer."""
-    shapes = expected_shapes(model)
     files: list[list[tuple[TensorLayout, int]]] = [[]]
     size = 0
-    for layout, layer in stored_tensors(model):
+    for layout, layer in stored_tensors(model, tensor_layouts(model.config)):
         nbytes = math.prod(shapes[layout.name.format(layer)]) * dtype.itemsize
         if files[-1] and size + nbytes > max_bytes:
             files.append([])
@@ -130,21 +150,53 @@ def _files(model: Qwen, dtype: np.dtype, max_bytes: int) -> list[list[tuple[Tens
     return files
 
 
-def _as_stored(layout: TensorLayout, dtype: np.dtype, array: jax.Array, layer: int) -> jax.Array:
+def _file(
+    directory: AnyPath | None,
+    model: Qwen,
+    params: Params,
+    tensors: list[tuple[TensorLayout, int]],
+    shapes: dict[str, tuple[int, ...]],
+    dtype: np.dtype,
+) -> bytearray:
+    """A file's bytes. Every process computes what is stored; the one that has a directory fetches it."""
+    names = [layout.name.format(layer) for layout, layer in tensors]
+    content, places = make_file({name: shapes[name] for name in names if directory}, dtype)
+    for name, (layout, layer) in zip(names, tensors, strict=True):
+        stored = _as_stored(layout, dtype, model, params, layer).block_until_ready()
+        if directory:
+            np.copyto(places[name], np.asarray(stored))
+    return content
+
+
+def _as_stored(layout: TensorLayout, dtype: np.dtype, model: Qwen, params: Params, layer: int) -> jax.Array:
     """One tensor as it is stored, where every process has it whole."""
-    sharding = array.sharding
+    array = get_at(params, layout.path)
+    projection = get_at(params, layout.path[:-1]) if model.lora and layout.path[-1] == "weight" else {}
+    sharding, whole = array.sharding, None
     if not array.is_fully_addressable and isinstance(sharding, NamedSharding):
-        return _converter(NamedSharding(sharding.mesh, PartitionSpec()))(layout, dtype, array, layer)
-    return _converter(None)(layout, dtype, array, layer)
+        whole = NamedSharding(sharding.mesh, PartitionSpec())
+    if model.lora and "lora_a" in projection:
+        return _converter(whole)(layout, dtype, projection, layer, model.lora.scale)
+    return _converter(whole)(layout, dtype, array, layer)
 
 
 @lru_cache(maxsize=4)
-def _converter(whole: NamedSharding | None) -> Callable[[TensorLayout, np.dtype, jax.Array, int], jax.Array]:
-    def convert(layout: TensorLayout, dtype: np.dtype, array: jax.Array, layer: jax.Array) -> jax.Array:
+def _converter(whole: NamedSharding | None) -> Callable[..., jax.Array]:
+    def convert(layout: TensorLayout, dtype: np.dtype, stack: Any, layer: jax.Array, scale: float = 0.0) -> jax.Array:
+        own = jax.tree.map(lambda array: array[layer] if layout.per_layer else array, stack)
         # Cast first: that much less is sent and transposed.
-        return layout.to_hf((array[layer] if layout.per_layer else array).astype(dtype))
+        return layout.to_hf((_merged(own, scale) if isinstance(own, dict) else own).astype(dtype))
 
-    return jax.jit(convert, static_argnums=(0, 1), out_shardings=whole)
+    return jax.jit(convert, static_argnums=(0, 1, 4), out_shardings=whole)
+
+
+def _merged(projection: Params, scale: float) -> jax.Array:
+    """One layer's weight of a projection, with what its adapter adds, in float32."""
+    weight = projection["weight"].astype(jnp.float32)
+    if "lora_a" not in projection:
+        return weight
+    a, b = projection["lora_a"], projection["lora_b"]
+    return weight + scale * jnp.tensordot(a, b, axes=1, precision="highest", preferred_element_type=jnp.float32)
 
 
 def _write_texts(directory: AnyPath, model: Qwen, source: AnyPath | None, dtype: np.dtype) -> None:

@@ -8,6 +8,7 @@ per token and visible key, half of the keys being visible on average. Recomputat
 from collections.abc import Iterable
 
 from s1jax.model.config import QwenConfig
+from s1jax.model.lora import Lora
 
 PEAK_FLOPS = {
     "NVIDIA H100": 989e12,
@@ -36,14 +37,22 @@ def matmul_parameters(config: QwenConfig) -> int:
     return config.num_hidden_layers * (attention + mlp) + config.vocab_size * config.hidden_size
 
 
+def weight_flops(config: QwenConfig, lora: Lora | None, tokens: int | float) -> float:
+    """Operations of a training step, attention aside. Frozen weights have no gradient, which is a third of theirs."""
+    weights = matmul_parameters(config)
+    if lora is None:
+        return 6.0 * weights * tokens
+    return (4.0 * weights + 6.0 * lora.parameters(config)) * tokens
+
+
 def attention_flops(config: QwenConfig, squared_lengths: int | float) -> float:
     """Operations of attention in a training step over examples with this sum of squared lengths."""
     return 6.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * squared_lengths
 
 
-def training_flops(config: QwenConfig, tokens: int, squared_lengths: int) -> float:
+def training_flops(config: QwenConfig, lora: Lora | None, tokens: int, squared_lengths: int) -> float:
     """Operations of one training step over examples with this many tokens, and this sum of squared lengths."""
-    return 6.0 * matmul_parameters(config) * tokens + attention_flops(config, squared_lengths)
+    return weight_flops(config, lora, tokens) + attention_flops(config, squared_lengths)
 
 
 def peak_flops(kinds: Iterable[str]) -> float | None:

@@ -11,31 +11,24 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
-from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from jax.sharding import Mesh, PartitionSpec
 
+from s1jax.model.adapter import MergedTensor, read_adapter
 from s1jax.model.config import QwenConfig
+from s1jax.model.hf_files import find_tensors
 from s1jax.model.hf_names import Index, TensorLayout, tensor_layouts
 from s1jax.model.qwen import Params, Qwen
-from s1jax.model.safetensors_files import DTYPES, CheckpointError, StoredTensor, read_header
-from s1jax.paths import AnyPath, BucketPath, any_path
-from s1jax.strict_json import parse_json
-from s1jax.tokenizer import TOKENIZER_FILES
+from s1jax.model.safetensors_files import DTYPES, CheckpointError, StoredTensor
+from s1jax.paths import AnyPath, BucketPath
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 _BLOCK_BYTES = 2**25
 """What is read, cast and transposed at a time."""
-_FILE_NAME = re.compile(r"[^\x00-\x1f\ud800-\udfff]{1,255}")
 _ALIGNMENT = 64
 """Of arrays on a CPU, in bytes."""
 _HUGE_PAGE = 2**21
@@ -55,31 +48,8 @@ class _Piece(NamedTuple):
     out: np.ndarray
 
 
+_Tensor = StoredTensor | MergedTensor
 _Run = Callable[[Iterable[Callable[[], None]]], None]
-
-
-def resolve_model(path: str) -> AnyPath:
-    """The directory of a model: `path` itself, or the download of the hub id that it names.
-
-    Raises FileNotFoundError if it is neither, PathError or another OSError if it cannot be looked at.
-    """
-    directory = any_path(path)
-    if directory.is_dir():
-        return directory
-    if isinstance(directory, BucketPath):
-        raise FileNotFoundError(f"{path}: no objects below this name")
-    if path.count("/") == 1 and not path.startswith((".", "/", "~")):
-        patterns = ["*.safetensors", INDEX_FILE, "config.json", "generation_config.json", *TOKENIZER_FILES]
-        try:
-            return Path(snapshot_download(path, allow_patterns=patterns))
-        except (OSError, HFValidationError) as error:
-            raise FileNotFoundError(f"{path}: no such directory, and as a hub id: {error}") from None
-    raise FileNotFoundError(f"{path}: no such directory (a hub id is written owner/name)")
-
-
-def stored_dtypes(directory: AnyPath) -> set[str]:
-    """The dtypes of a checkpoint's tensors, as safetensors calls them. Raises CheckpointError if it cannot be read."""
-    return {tensor.dtype for tensor in _find(directory).values()}
 
 
 def check_sizes(directory: AnyPath, config: QwenConfig) -> None:
@@ -87,7 +57,7 @@ def check_sizes(directory: AnyPath, config: QwenConfig) -> None:
 
     Raises CheckpointError if they differ, or the checkpoint cannot be read.
     """
-    _compare_sizes(directory, config, _find(directory))
+    _compare_sizes(directory, config, find_tensors(directory))
 
 
 def _compare_sizes(directory: AnyPath, config: QwenConfig, found: dict[str, StoredTensor]) -> None:
@@ -101,12 +71,16 @@ def _compare_sizes(directory: AnyPath, config: QwenConfig, found: dict[str, Stor
         raise CheckpointError(directory, [problem])
 
 
-def load_params(directory: AnyPath, model: Qwen, mesh: Mesh, *, stacked: bool = True) -> Params:
-    """Read a checkpoint into arrays sharded over the mesh, cast to `model.param_dtype`; layers stacked or unrolled.
+def load_params(
+    directory: AnyPath, model: Qwen, mesh: Mesh, *, stacked: bool = True, adapter: AnyPath | None = None
+) -> Params:
+    """Read a checkpoint into arrays sharded over the mesh, in the model's dtypes; layers stacked or unrolled.
 
-    Raises CheckpointError with all that is wrong with the directory, MeshError if the model does not fit the mesh.
+    The adapter in another directory is merged into them; a model's own adapters are not among them.
+    Raises CheckpointError with all that is wrong with a directory, MeshError if the model does not fit the mesh.
     """
-    stored = _check(directory, model)
+    found = _check(directory, model)
+    stored: dict[str, _Tensor] = {**found, **(read_adapter(adapter, found) if adapter else {})}
     abstract = model.abstract_params(mesh, stacked=stacked)
     layouts = tensor_layouts(model.config, stacked=stacked)
     params: Params = {}
@@ -143,7 +117,8 @@ def _check_finite(directory: AnyPath, model: Qwen, layouts: list[TensorLayout], 
         for layer in np.flatnonzero(~np.asarray(shard.data).reshape(-1))
     }
     if bad:
-        first = next(name for layout, i in stored_tensors(model) if (name := layout.name.format(i)) in bad)
+        names = expected_shapes(model, tensor_layouts(model.config))
+        first = next(name for name in names if name in bad)
         others = f" and {len(bad) - 1} other tensors" if len(bad) > 1 else ""
         raise CheckpointError(directory, [f"NaN or infinite weights in {first}{others}"])
 
@@ -168,7 +143,7 @@ def _reading(directory: AnyPath) -> Iterator[_Run]:
         yield at_once
 
 
-def _read(layout: TensorLayout, leaf: jax.ShapeDtypeStruct, tensors: dict[str, StoredTensor], run: _Run) -> jax.Array:
+def _read(layout: TensorLayout, leaf: jax.ShapeDtypeStruct, tensors: dict[str, _Tensor], run: _Run) -> jax.Array:
     indices = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
     parts = {
         spans: _aligned([stop - start for start, stop in spans], leaf.dtype)
@@ -183,7 +158,7 @@ def _spans(index: Index | None, shape: tuple[int, ...]) -> _Spans:
 
 
 def _readings(
-    layout: TensorLayout, shape: tuple[int, ...], tensors: dict[str, StoredTensor], parts: dict[_Spans, np.ndarray]
+    layout: TensorLayout, shape: tuple[int, ...], tensors: dict[str, _Tensor], parts: dict[_Spans, np.ndarray]
 ) -> Iterator[Callable[[], None]]:
     """Readings that together fill these parts of a parameter, each of one block of rows for all that need them."""
     layer_shape = shape[1:] if layout.per_layer else shape
@@ -194,14 +169,19 @@ def _readings(
         for spans, out in parts.items():
             piece = _Piece(spans[1:], out[layer]) if layout.per_layer else _Piece(spans, out)
             by_rows.setdefault(piece.spans[dimension], []).append(piece)
-        step = max(1, _BLOCK_BYTES * layer_shape[dimension] // (tensor.stop - tensor.start))
+        step = max(1, _BLOCK_BYTES * layer_shape[dimension] // (tensor.shape[0] * tensor.row_bytes))
         for (first, last), pieces in by_rows.items():
             for start in range(first, last, step):
                 yield partial(_read_block, layout, layer_shape, tensor, pieces, start, min(start + step, last))
 
 
 def _read_block(
-    layout: TensorLayout, shape: tuple[int, ...], tensor: StoredTensor, pieces: list[_Piece], start: int, stop: int
+    layout: TensorLayout,
+    shape: tuple[int, ...],
+    tensor: StoredTensor | MergedTensor,
+    pieces: list[_Piece],
+    start: int,
+    stop: int,
 ) -> None:
     """Read the tensor's rows from `start` up to `stop`, counted in our dimension, and put each piece where it goes."""
     dimension = layout.groups[0][0]
@@ -257,9 +237,9 @@ def _cast(values: np.ndarray, out: np.ndarray) -> np.ndarray:
 def _check(directory: AnyPath, model: Qwen) -> dict[str, StoredTensor]:
     """Every tensor that the model needs; raises CheckpointError with everything that is amiss."""
     problems: list[str] = []
-    found = _find(directory)
+    found = find_tensors(directory)
     _compare_sizes(directory, model.config, found)
-    wanted = expected_shapes(model)
+    wanted = expected_shapes(model, tensor_layouts(model.config))
     ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
     if model.config.tie_word_embeddings:
         ignored.add(_HEAD)  # Some tied checkpoints carry the copy.
@@ -299,82 +279,18 @@ def _same(one: StoredTensor, other: StoredTensor) -> bool:
     return all(np.array_equal(numbers(one, span), numbers(other, span)) for span in spans)
 
 
-def _find(directory: AnyPath) -> dict[str, StoredTensor]:
-    """Every tensor that is there; raises CheckpointError with every file that is amiss."""
-    problems: list[str] = []
-    found: dict[str, StoredTensor] = {}
-    files = _weight_files(directory, problems)
-    with ThreadPoolExecutor(_BUCKET_READERS) as readers:
-        headers = [readers.submit(read_header, path) for path, _ in files]
-    for (path, expected), header in zip(files, headers, strict=True):
-        try:
-            names = header.result()
-        except FileNotFoundError:
-            problems.append(f"{path.name}: no such file")
-            continue
-        except ValueError as error:
-            problems.append(f"{path.name}: not a whole safetensors file ({error})")
-            continue
-        except OSError as error:
-            problems.append(f"{path.name}: cannot be read ({error})")
-            continue
-        problems += [
-            f"{path.name}: holds {name:.100}, as {found[name].path.name} does" for name in names if name in found
-        ]
-        found.update(names)
-        problems += [
-            f"{path.name}: the index places {name:.100} here, but it is not" for name in sorted(expected - names.keys())
-        ]
-    if problems:
-        raise CheckpointError(directory, problems)
-    return found
-
-
-def _weight_files(directory: AnyPath, problems: list[str]) -> list[tuple[AnyPath, set[str]]]:
-    """Each safetensors file of the checkpoint with the tensors that the index places in it."""
-    if (directory / SINGLE_FILE).exists():
-        return [(directory / SINGLE_FILE, set())]
-    index = directory / INDEX_FILE
-    if not index.exists():
-        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLE_SUFFIXES)
-        problem = f"no {SINGLE_FILE} and no {INDEX_FILE}"
-        if pickles:
-            problem += f"; pickle files ({', '.join(pickles)}) can run code and are not read: convert them first"
-        problems.append(problem)
-        return []
-    try:
-        content = parse_json(index.read_bytes())
-    except ValueError as error:
-        problems.append(f"{INDEX_FILE}: {error}")
-        return []
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict):
-        problems.append(f"{INDEX_FILE}: expected an object with a weight_map, which says in which file each tensor is")
-        return []
-    by_file: dict[str, set[str]] = {}
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
-            problems.append(f"{INDEX_FILE}: {name:.100} is placed in {file!r:.100}, expected the name of a file")
-            return []
-        by_file.setdefault(file, set()).add(name)
-    outside = sorted(file for file in by_file if file.startswith("/") or ".." in PurePosixPath(file).parts)
-    problems += [f"{INDEX_FILE}: names {file:.100}, outside the directory" for file in outside]
-    return [(directory / file, names) for file, names in sorted(by_file.items()) if file not in outside]
-
-
-def expected_shapes(model: Qwen) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the checkpoint, in the order of the layers."""
+def expected_shapes(model: Qwen, layouts: list[TensorLayout]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that these parameters are stored as, in the order of `stored_tensors`."""
     abstract = model.abstract_params()
     shapes = {}
-    for layout, layer in stored_tensors(model):
+    for layout, layer in stored_tensors(model, layouts):
         shape = get_at(abstract, layout.path).shape
         shapes[layout.name.format(layer)] = layout.hf_shape(shape[1:] if layout.per_layer else shape)
     return shapes
 
 
-def stored_tensors(model: Qwen) -> Iterator[tuple[TensorLayout, int]]:
-    """Every stored tensor as its layout and layer (0 where there is but one), layers together."""
-    layouts = tensor_layouts(model.config)
+def stored_tensors(model: Qwen, layouts: list[TensorLayout]) -> Iterator[tuple[TensorLayout, int]]:
+    """Every tensor of stacked parameters as its layout and layer (0 where there is but one), layers together."""
     yield from ((layout, 0) for layout in layouts if not layout.per_layer)
     for layer in range(model.config.num_hidden_layers):
         yield from ((layout, layer) for layout in layouts if layout.per_layer)

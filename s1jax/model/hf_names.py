@@ -83,14 +83,14 @@ def tensor_layouts(config: QwenConfig, *, stacked: bool = True) -> list[TensorLa
     layouts = [
         TensorLayout(("embedding",), "model.embed_tokens.weight", _MATRIX),
         layer("attention_norm.scale", "input_layernorm.weight", _VECTOR),
-        layer("attention.query", "self_attn.q_proj.weight", to_heads),
-        layer("attention.key", "self_attn.k_proj.weight", to_heads),
-        layer("attention.value", "self_attn.v_proj.weight", to_heads),
-        layer("attention.output", "self_attn.o_proj.weight", from_heads),
+        layer("attention.query.weight", "self_attn.q_proj.weight", to_heads),
+        layer("attention.key.weight", "self_attn.k_proj.weight", to_heads),
+        layer("attention.value.weight", "self_attn.v_proj.weight", to_heads),
+        layer("attention.output.weight", "self_attn.o_proj.weight", from_heads),
         layer("mlp_norm.scale", "post_attention_layernorm.weight", _VECTOR),
-        layer("mlp.gate", "mlp.gate_proj.weight", matrix),
-        layer("mlp.up", "mlp.up_proj.weight", matrix),
-        layer("mlp.down", "mlp.down_proj.weight", matrix),
+        layer("mlp.gate.weight", "mlp.gate_proj.weight", matrix),
+        layer("mlp.up.weight", "mlp.up_proj.weight", matrix),
+        layer("mlp.down.weight", "mlp.down_proj.weight", matrix),
         TensorLayout(("norm", "scale"), "model.norm.weight", _VECTOR),
     ]
     if config.attention_bias:

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from s1jax.config import DecodingMeshSection, ModelSection, Remat
+from s1jax.config import ComputationSection, DecodingMeshSection, ModelSection, Remat
 from s1jax.mesh import make_mesh
 from s1jax.model import cpu_kernel
 from s1jax.model.config import QwenConfig
-from s1jax.model.hf import load_params, resolve_model, stored_dtypes
+from s1jax.model.hf import load_params
+from s1jax.model.hf_files import resolve_adapter, resolve_model, stored_dtypes
 from s1jax.model.kernel_check import checked
 from s1jax.model.placement import MeshSizes, decoding_mesh_sizes, described, machine_of
 from s1jax.model.qwen import Params, Qwen
@@ -37,7 +38,7 @@ class LoadedModel:
         return load_tokenizer(self.directory)
 
 
-def build_model(section: ModelSection, config: QwenConfig, *, param_dtype: str, remat: Remat = "none") -> Qwen:
+def build_model(section: ComputationSection, config: QwenConfig, *, param_dtype: str, remat: Remat = "none") -> Qwen:
     """A model of this architecture, run as the section says; `param_dtype` is used where the section has none."""
     return Qwen(
         config,
@@ -75,8 +76,9 @@ def load_model(section: ModelSection, mesh: DecodingMeshSection) -> LoadedModel:
     """
     directory = resolve_model(section.path)
     model, devices = inference_model(section, mesh, directory)
+    adapter = resolve_adapter(section.adapter) if section.adapter else None
     with ThreadPoolExecutor(1) as reader:
         # Meanwhile, for those who will ask for it; they are told what is wrong with it, too.
         reader.submit(load_tokenizer, directory)
-        params = load_params(directory, model, devices, stacked=False)
+        params = load_params(directory, model, devices, stacked=False, adapter=adapter)
     return LoadedModel(model, params, devices, directory)

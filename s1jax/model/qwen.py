@@ -1,43 +1,32 @@
 """The whole decoder: Qwen2, Qwen2.5 and Qwen3 dense.
 
-NNX modules declare the parameters (shape, initial value and logical axes in one place) and compute one forward pass;
-`Qwen` is what the rest of the project uses: pure functions of a plain nested dict of parameters.
+`Qwen` is what the rest of the project uses: pure functions of a plain nested dict of parameters, which the modules in
+`layers` declare.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from s1jax.config import Implementation, Remat
 from s1jax.mesh import Axes, constrain, named_sharding
-from s1jax.model.attention import attention
 from s1jax.model.config import QwenConfig
-from s1jax.model.gates_and_norms import gated, normalised
-from s1jax.model.paged_attention import (
-    CACHE_AXES,
-    KVCache,
-    LayerCache,
-    PageTable,
-    cache_shape,
-    num_pages,
-    paged_attention,
-    write,
-)
+from s1jax.model.layers import Decoder, DecoderLayer, Hidden, Inputs, Weights
+from s1jax.model.lora import Lora, split_adapters
+from s1jax.model.paged_attention import CACHE_AXES, KVCache, LayerCache, PageTable, cache_shape
 from s1jax.model.projection import is_product, look_up, project
-from s1jax.model.rope import rope_frequencies, rope_rotations, rotate
+from s1jax.model.rope import rope_frequencies, rope_rotations
 
 Params = dict[str, Any]
 """Nested dict of arrays, keyed by strings; `layers` holds every layer's parameters stacked on a first axis."""
-Hidden = Float[Array, "batch length hidden"]
 
 _REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": None,
@@ -53,174 +42,10 @@ _REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
 }
 
 
-class _Weights(NamedTuple):
-    """How a module makes its parameters: random stream, storage dtype, spread, and the shape of the stack of layers.
-
-    Without a random stream only their shapes are made.
-    """
-
-    rngs: nnx.Rngs | None
-    dtype: DTypeLike
-    standard_deviation: float
-    stack: tuple[int, ...] = ()
-
-    def __call__(self, axes: Axes, *shape: int, init: Callable[..., Array] | None = None) -> nnx.Param:
-        shape = (*self.stack, *shape)
-        if self.rngs is None:
-            value: Array | jax.ShapeDtypeStruct = jax.ShapeDtypeStruct(shape, self.dtype)
-        else:
-            init = init or nnx.initializers.normal(self.standard_deviation)
-            value = init(self.rngs.params(), shape, self.dtype)
-        return nnx.Param(value, axes=("layers",) * len(self.stack) + axes)
-
-    @property
-    def outputs_first(self) -> bool:
-        """How projections are stored: unrolled, as checkpoints do, which products of few rows read fastest."""
-        return not self.stack
-
-    def projection(self, inputs: dict[str, int], outputs: dict[str, int]) -> nnx.Param:
-        """A projection's weight, between dimensions of these names and sizes."""
-        sizes = {**outputs, **inputs} if self.outputs_first else {**inputs, **outputs}
-        return self(tuple(sizes), *sizes.values())
-
-
-class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation over the last dimension, in float32."""
-
-    def __init__(self, size: int, epsilon: float, weights: _Weights):
-        self.scale = weights(("norm",), size, init=nnx.initializers.ones)
-        self.epsilon = epsilon
-
-    def __call__(self, x: Float[Array, "*shape size"]) -> Float[Array, "*shape size"]:
-        """Normalise; the result has the dtype of `x`."""
-        return normalised(x, self.scale[...], self.epsilon)
-
-
-class Attention(nnx.Module):
-    """Self-attention with rotary positions and grouped key/value heads, over the tokens or over a cache."""
-
-    def __init__(self, config: QwenConfig, weights: _Weights, implementation: Implementation):
-        embed, head_dim = {"embed": config.hidden_size}, {"head_dim": config.head_dim}
-        heads = {"heads": config.num_attention_heads, **head_dim}
-        kv_heads = {"kv_heads": config.num_key_value_heads, **head_dim}
-        self.query = weights.projection(embed, heads)
-        self.key = weights.projection(embed, kv_heads)
-        self.value = weights.projection(embed, kv_heads)
-        self.output = weights.projection(heads, embed)
-        if config.attention_bias:
-            zeros = nnx.initializers.zeros
-            self.query_bias = weights(tuple(heads), *heads.values(), init=zeros)
-            self.key_bias = weights(tuple(kv_heads), *kv_heads.values(), init=zeros)
-            self.value_bias = weights(tuple(kv_heads), *kv_heads.values(), init=zeros)
-        if config.qk_norm:
-            self.query_norm = RMSNorm(config.head_dim, config.rms_norm_eps, weights)
-            self.key_norm = RMSNorm(config.head_dim, config.rms_norm_eps, weights)
-        self.config = config
-        self.outputs_first = weights.outputs_first
-        self.implementation: Implementation = implementation
-
-    def __call__(
-        self, x: Hidden, inputs: "_Inputs", cache: LayerCache | None = None
-    ) -> tuple[Hidden, LayerCache | None]:
-        """Attend; with a cache, over what it holds too, unless the table has no pages but for these tokens."""
-        # Gathered along the sequence once for all three projections, whose heads are then where attention wants them.
-        x = constrain(x, "batch", "length", None)
-        query, key, value = (
-            project(x, weight[...], outputs_first=self.outputs_first) for weight in (self.query, self.key, self.value)
-        )
-        if self.config.attention_bias:
-            query += self.query_bias[...].astype(x.dtype)
-            key += self.key_bias[...].astype(x.dtype)
-            value += self.value_bias[...].astype(x.dtype)
-        if self.config.qk_norm:
-            query, key = self.query_norm(query), self.key_norm(key)
-        query = constrain(rotate(query, inputs.rotations), "batch", "length", "heads", "head_dim")
-        key = rotate(key, inputs.rotations)
-        query, key, value = (checkpoint_name(x, "heads") for x in (query, key, value))
-        table = inputs.page_table
-        if cache is not None:
-            assert table is not None
-            cache = write(cache, key, value, table, inputs.positions)
-        if cache is not None and table is not None and (x.shape[1] == 1 or table.shape[1] > num_pages(x.shape[1])):
-            context = paged_attention(query, cache, table, inputs.positions, implementation=self.implementation)
-        else:
-            context = attention(
-                query,
-                key,
-                value,
-                segment_ids=inputs.segment_ids,
-                segment_lengths=inputs.segment_lengths,
-                implementation=self.implementation,
-            )
-        return project(context, self.output[...], inputs=2, outputs_first=self.outputs_first), cache
-
-
-class MLP(nnx.Module):
-    """The gated feed-forward block, down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, config: QwenConfig, weights: _Weights):
-        embed, mlp = {"embed": config.hidden_size}, {"mlp": config.intermediate_size}
-        self.gate = weights.projection(embed, mlp)
-        self.up = weights.projection(embed, mlp)
-        self.down = weights.projection(mlp, embed)
-        self.outputs_first = weights.outputs_first
-
-    def __call__(self, x: Hidden) -> Hidden:
-        """Apply the block to each token."""
-        gate = checkpoint_name(project(x, self.gate[...], outputs_first=self.outputs_first), "gate")
-        up = checkpoint_name(project(x, self.up[...], outputs_first=self.outputs_first), "up")
-        inner = constrain(gated(gate, up), "batch", "length", "mlp")
-        return project(inner, self.down[...], outputs_first=self.outputs_first)
-
-
-class _Inputs(NamedTuple):
-    """What every layer sees beside the residual stream."""
-
-    rotations: tuple[Array, Array]
-    positions: Int[Array, "batch length"]
-    segment_ids: Int[Array, "batch length"] | None
-    segment_lengths: Int[Array, "batch segments"] | None
-    page_table: PageTable | None
-
-
-class DecoderLayer(nnx.Module):
-    """Attention and feed-forward block, each behind a norm and added to the residual stream."""
-
-    def __init__(self, config: QwenConfig, weights: _Weights, implementation: Implementation):
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, weights)
-        self.attention = Attention(config, weights, implementation)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, weights)
-        self.mlp = MLP(config, weights)
-
-    def __call__(self, x: Hidden, inputs: _Inputs, cache: LayerCache | None = None) -> tuple[Hidden, LayerCache | None]:
-        """One layer's residual update, and its cache with these tokens written."""
-        x = constrain(x, "batch", "residual_length", None)
-        with jax.named_scope("attention"):
-            update, cache = self.attention(self.attention_norm(x), inputs, cache)
-            x = checkpoint_name(constrain(x + update, "batch", "residual_length", None), "attended")
-        with jax.named_scope("mlp"):
-            return constrain(x + self.mlp(self.mlp_norm(x)), "batch", "residual_length", None), cache
-
-
 @partial(jax.jit, static_argnums=0)
-def _run_layer(graphdef: Any, state: Any, x: Hidden, inputs: _Inputs, cache: LayerCache | None) -> Any:
+def _run_layer(graphdef: Any, state: Any, x: Hidden, inputs: Inputs, cache: LayerCache | None) -> Any:
     """One layer; traced and lowered once for all layers. XLA inlines it for each."""
     return nnx.merge(graphdef, state)(x, inputs, cache)
-
-
-class Decoder(nnx.Module):
-    """Embedding, the stack of layers, final norm and output head."""
-
-    def __init__(self, config: QwenConfig, weights: _Weights, implementation: Implementation, stacked: bool):
-        layers = config.num_hidden_layers
-        self.embedding = weights(("vocab", "embed"), config.vocab_size, config.hidden_size)
-        if stacked:
-            self.layers = DecoderLayer(config, weights._replace(stack=(layers,)), implementation)
-        else:
-            self.layers = nnx.List([DecoderLayer(config, weights, implementation) for _ in range(layers)])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, weights)
-        if not config.tie_word_embeddings:
-            self.head = weights(("vocab", "embed"), config.vocab_size, config.hidden_size)
 
 
 @dataclass(frozen=True)
@@ -231,7 +56,8 @@ class Qwen:
     keeps for the backward pass: "none" everything (no rematerialisation), "dots" the weight matmuls' outputs, "gate"
     each layer's input, the sum after its attention and its gate projection, which saves half of what recomputation
     costs, "heads" queries, keys and values too, "full" only the input. "offload" moves those and the up projection to
-    the host's memory and back while the device computes.
+    the host's memory and back while the device computes. With `lora`, adapters are beside the weights: those are what
+    is trained, in `param_dtype`, and the weights are frozen, in `base_dtype`.
     """
 
     config: QwenConfig
@@ -239,9 +65,12 @@ class Qwen:
     param_dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
     attention: Implementation = "auto"
+    lora: Lora | None = None
+    base_dtype: DTypeLike = jnp.bfloat16
 
     def _declare(self, rngs: nnx.Rngs | None, stacked: bool = True) -> Decoder:
-        weights = _Weights(rngs, self.param_dtype, self.config.initializer_range)
+        dtype = self.base_dtype if self.lora else self.param_dtype
+        weights = Weights(rngs, dtype, self.config.initializer_range, self.lora, self.param_dtype)
         return Decoder(self.config, weights, self.attention, stacked)
 
     @cached_property
@@ -281,12 +110,23 @@ class Qwen:
 
     def init(self, key: Array, mesh: Mesh | None = None) -> Params:
         """Fresh random parameters, made in place on the mesh; the same values on any mesh."""
-        shardings = jax.tree.map(lambda a: a.sharding, self.abstract_params(mesh))
+        return self._init(key, mesh, lambda params: params)
+
+    def init_trained(self, key: Array, mesh: Mesh | None = None) -> Params:
+        """What `init` makes of the parameters that are trained, and nothing else: fresh adapters add 0."""
+        return self._init(key, mesh, lambda params: self.split(params)[0])
+
+    def _init(self, key: Array, mesh: Mesh | None, part: Callable[[Params], Params]) -> Params:
+        shardings = jax.tree.map(lambda a: a.sharding, part(self.abstract_params(mesh)))
 
         def make(key: Array) -> Params:
-            return nnx.to_pure_dict(nnx.state(self._declare(nnx.Rngs(params=key))))
+            return part(nnx.to_pure_dict(nnx.state(self._declare(nnx.Rngs(params=key)))))
 
         return jax.jit(make, out_shardings=shardings if mesh else None)(key)
+
+    def split(self, tree: Params) -> tuple[Params, Params]:
+        """A tree like the parameters in two: what is trained, and what is frozen, which is {} without adapters."""
+        return split_adapters(tree) if self.lora else (tree, {})
 
     def init_cache(self, pages: int) -> KVCache:
         """An empty cache of so many pages, those and heads spread over the mesh in use."""
@@ -343,7 +183,7 @@ class Qwen:
         segment_ids: Int[Array, "batch length"] | None = None,
         segment_lengths: Int[Array, "batch segments"] | None = None,
         page_table: PageTable | None = None,
-    ) -> tuple[Decoder, Hidden, _Inputs]:
+    ) -> tuple[Decoder, Hidden, Inputs]:
         """The modules with these parameters, the embeddings, and what all layers are given."""
         stacked = "attention" in params["layers"]
         decoder = nnx.merge(nnx.split(self._abstract if stacked else self._abstract_unrolled)[0], params)
@@ -351,9 +191,9 @@ class Qwen:
         frequencies, magnitude = rope_frequencies(self.config)
         rotations = rope_rotations(positions, frequencies, magnitude)
         rotations = jax.tree.map(lambda r: constrain(r, "batch", "length", *[None] * (r.ndim - 2)), rotations)
-        return decoder, x, _Inputs(rotations, positions, segment_ids, segment_lengths, page_table)
+        return decoder, x, Inputs(rotations, positions, segment_ids, segment_lengths, page_table)
 
-    def _scan(self, layers: DecoderLayer, x: Hidden, inputs: _Inputs) -> Hidden:
+    def _scan(self, layers: DecoderLayer, x: Hidden, inputs: Inputs) -> Hidden:
         graphdef, stack = nnx.split(layers)
 
         def body(x: Hidden, state: Any) -> tuple[Hidden, None]:
@@ -361,7 +201,7 @@ class Qwen:
 
         return jax.lax.scan(self._rematerialised(body, scanned=True), x, stack)[0]
 
-    def _unroll(self, layers: Any, x: Hidden, inputs: _Inputs, cache: KVCache | None) -> tuple[Hidden, KVCache | None]:
+    def _unroll(self, layers: Any, x: Hidden, inputs: Inputs, cache: KVCache | None) -> tuple[Hidden, KVCache | None]:
         written = []
         for i, layer in enumerate(layers):
             graphdef, state = nnx.split(layer)

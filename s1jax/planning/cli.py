@@ -7,13 +7,14 @@ from itertools import product
 
 import jax
 
-from s1jax.config import Remat, TrainConfig
+from s1jax.config import Remat
 from s1jax.device_memory import GIB
 from s1jax.model.config import QwenConfig
 from s1jax.paths import any_path, write_whole
 from s1jax.planning.hardware import PlanError, Target, parse_target
 from s1jax.planning.report import assumptions, describe, ranking
 from s1jax.planning.training import TrainingPlan, plan_run, resolve_architecture
+from s1jax.training.config import TrainConfig
 
 DOES_NOT_FIT = 3
 """Exit status of a plan that was made, and says no."""

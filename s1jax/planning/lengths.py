@@ -5,11 +5,11 @@ from statistics import NormalDist
 import numpy as np
 from jaxtyping import Int
 
-from s1jax.config import TrainConfig
 from s1jax.data.examples import load_examples
 from s1jax.paths import any_path
 from s1jax.planning.hardware import PlanError
 from s1jax.tokenizer import load_tokenizer
+from s1jax.training.config import TrainConfig
 
 _EXAMPLES_SIGMA = 0.3
 """Spread of the logarithm of a length. With s1K's mean and longest it puts 26% below 4,096 tokens, as the s1 paper's

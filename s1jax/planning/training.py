@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,15 @@ from huggingface_hub.errors import HFValidationError
 from jax.sharding import Mesh
 
 from s1jax.compiling import temporaries
-from s1jax.config import Remat, TrainConfig
+from s1jax.config import Remat
 from s1jax.data.examples import Example
 from s1jax.data.loader import StepLoader
 from s1jax.data.packing import Shape
 from s1jax.mesh import device_bytes, make_mesh
 from s1jax.model.architectures import known_architecture
 from s1jax.model.config import QwenConfig
-from s1jax.model.flops import attention_flops, matmul_parameters
+from s1jax.model.flops import attention_flops, weight_flops
+from s1jax.model.lora import join
 from s1jax.model.qwen import Qwen
 from s1jax.paths import BucketPath, any_path
 from s1jax.planning.estimate import Estimate, Memory, compile_for, estimate, usable_bytes
@@ -30,8 +31,9 @@ from s1jax.planning.hardware import PlanError, Target
 from s1jax.planning.hlo import Collective, Program
 from s1jax.planning.lengths import example_lengths
 from s1jax.planning.storage import Storage, plan_storage
+from s1jax.training.config import TrainConfig
 from s1jax.training.loop import for_rows, step_loader, training_model
-from s1jax.training.step import abstract_state, batch_sharding, compile_step
+from s1jax.training.step import abstract_frozen, abstract_state, batch_sharding, compile_step
 
 _KERNELS = {"cudnn": False, "tpu_custom_call": True}
 """Parts of the names that attention kernels are called by, and whether they compute the scores of other examples too,
@@ -178,7 +180,7 @@ class _Planner:
         self._loader = loader
         self.total_steps = min(len(loader), config.training.max_steps or len(loader))
         # Devices to compile for hold no array, not even optax's placeholders: all this is made without the mesh in use.
-        self._state = abstract_state(model, config.optimizer, mesh)
+        self._state, self._frozen = abstract_state(model, config.optimizer, mesh), abstract_frozen(model, mesh)
         self.parameters: dict[str, str] = {}
         """As `TrainingPlan.parameters`, of the last program compiled."""
 
@@ -187,7 +189,7 @@ class _Planner:
         config = self._config
         if config.plan.storage_gigabytes_per_second is None:
             return None
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(self._state.params))
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(replace(self._model, lora=None).abstract_params()))
         step_seconds, minutes = seconds / self.total_steps, config.checkpoint.every_minutes
         by_clock = None if minutes is None else math.ceil(60 * minutes / step_seconds)
         return plan_storage(
@@ -208,7 +210,9 @@ class _Planner:
         model = for_rows(self._model, self._config.model, length)
         step = compile_step(model, self._config.optimizer, self.total_steps, self._mesh)
         with jax.set_mesh(self._mesh):
-            compiled = compile_for(self._target, step.lower(self._state, batch), f"{rows} rows x {length}")
+            compiled = compile_for(
+                self._target, step.lower(self._state, self._frozen, batch), f"{rows} rows x {length}"
+            )
         seconds = time.perf_counter() - started
         self.parameters = self._parameters(compiled)
         program, config = Program(compiled.as_text()), self._model.config
@@ -220,14 +224,14 @@ class _Planner:
             steps=steps,
             remat=model.remat,
             memory=Memory(
-                parameters=device_bytes(self._state.params),
+                parameters=device_bytes([self._state.params, self._frozen]),
                 optimizer=device_bytes(self._state.optimizer),
                 batch=device_bytes(batch),
                 temporaries=temporaries(compiled, self._target.hardware.platform),
                 on_host=int(compiled.memory_analysis().host_temp_size_in_bytes),
             ),
             dot_flops=program.dot_flops,
-            model_flops=6.0 * matmul_parameters(config) * rows * length / self._mesh.size,
+            model_flops=weight_flops(config, model.lora, rows * length) / self._mesh.size,
             collectives=program.collectives,
             kernels=program.kernels,
             score_arrays=sum(shape.dimensions.count(length) >= 2 for shape in program.shapes()),
@@ -247,11 +251,11 @@ class _Planner:
         return share * attention_flops(self._model.config, squares) / self._mesh.size
 
     def _parameters(self, compiled: Any) -> dict[str, str]:
-        (shardings, _), _ = compiled.input_shardings
-        leaves = jax.tree_util.tree_leaves_with_path(self._state.params)
+        (state, frozen, _), _ = compiled.input_shardings
+        leaves = jax.tree_util.tree_leaves_with_path(join(self._state.params, self._frozen))
         return {
             jax.tree_util.keystr(
                 path, simple=True, separator="."
             ): f"{leaf.shape} as {sharding.shard_shape(leaf.shape)}"
-            for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings.params), strict=True)
+            for (path, leaf), sharding in zip(leaves, jax.tree.leaves(join(state.params, frozen)), strict=True)
         }

@@ -13,10 +13,10 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from s1jax.config import CheckpointSection
 from s1jax.paths import AnyPath, BucketPath, move_tree
 from s1jax.processes import agree_any, together
 from s1jax.training.checkpoint_files import ITEM, Contents, StateRestore, StateSave, damage
+from s1jax.training.config import CheckpointSection
 from s1jax.training.step import TrainState
 
 # Every error reaches `SaveError` or is raised; orbax also logs each in each thread that it ends, with its traceback.

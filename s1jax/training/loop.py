@@ -10,34 +10,38 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Compiled, Lowered
 
-from s1jax.config import TrainConfig, TrainedModelSection
-from s1jax.config_reader import to_dict
+from s1jax.config_reader import ConfigError, to_dict
 from s1jax.data.examples import Dataset, Example, load_examples
 from s1jax.data.loader import StepLoader
 from s1jax.data.packing import Batch, Shape
 from s1jax.device_memory import keep_freed_memory
 from s1jax.mesh import batch_shards, make_mesh, process_row_shard
 from s1jax.model.config import QwenConfig
-from s1jax.model.export import export_model, is_exported
+from s1jax.model.export import export_adapter, export_model, is_exported
 from s1jax.model.flops import peak_flops, training_flops
-from s1jax.model.hf import load_params, resolve_model
+from s1jax.model.hf import load_params
+from s1jax.model.hf_files import resolve_model
 from s1jax.model.kernel_check import checked
 from s1jax.model.load import build_model
+from s1jax.model.lora import join, lora_of
 from s1jax.model.qwen import Params, Qwen
 from s1jax.paths import AnyPath, any_path, free_bytes
 from s1jax.processes import agree_each, same_everywhere, see_same_directory, start_processes, together
 from s1jax.tokenizer import checked_vocabulary, load_tokenizer
 from s1jax.training.checkpoint import Cadence, Checkpoints
+from s1jax.training.config import TrainConfig, TrainedModelSection
 from s1jax.training.metrics import Tracker, check_trackers, open_trackers, save_provenance
 from s1jax.training.programs import compile_all
 from s1jax.training.run_directory import RunError, check_config, exclusive, settings
 from s1jax.training.step import (
     StepMetrics,
     TrainState,
+    abstract_frozen,
     abstract_state,
     batch_sharding,
     compile_loss,
@@ -70,8 +74,16 @@ def train(config: TrainConfig) -> int:
 
 
 def training_model(config: TrainConfig, architecture: QwenConfig) -> Qwen:
-    """The model as it is trained: float32 parameters unless the configuration says else."""
-    return build_model(config.model, architecture, param_dtype="float32", remat=config.model.remat)
+    """The model as it is trained: what is trained is float32 unless the configuration says else.
+
+    Raises ConfigError if the adapters that it asks for do not fit the model.
+    """
+    section = config.model
+    lora = lora_of(section.lora, architecture)
+    if section.base_dtype and not lora:
+        raise ConfigError("model.base_dtype: all weights are trained, none is frozen: set model.lora.rank too")
+    model = build_model(section, architecture, param_dtype="float32", remat=section.remat)
+    return replace(model, lora=lora, base_dtype=jnp.dtype(section.base_dtype or "bfloat16"))
 
 
 def for_rows(model: Qwen, section: TrainedModelSection, length: int) -> Qwen:
@@ -136,6 +148,7 @@ class _Run:
         self.total_steps = min(len(self.loader), config.training.max_steps or len(self.loader))
         self._steps_by_shape: dict[Shape, Compiled] = {}
         self._losses_by_shape: dict[Shape, Compiled] = {}
+        self._frozen: Params = {}
         self._dataset, self._fingerprint = dataset, _fingerprint(dataset.examples)
 
     def agree(self) -> None:
@@ -177,7 +190,7 @@ class _Run:
             self.directory / "checkpoints", self.directory / "damaged-checkpoints", self.config.checkpoint.keep
         )
         with jax.set_mesh(self.mesh), Termination() as termination:
-            state = self._start(checkpoints)
+            state, self._frozen = self._start(checkpoints)
             together(lambda: self._compile(int(state.step)))
             trackers = self._trackers(int(state.step))
             state = self._steps(state, checkpoints, trackers, termination)
@@ -198,37 +211,47 @@ class _Run:
         return 0 if finished else TERMINATED
 
     def _export(self, state: TrainState) -> None:
-        dtype = self.config.training.export_dtype
-        export_model(self.directory / "model", self.model, state.params, source=self.source, dtype=dtype)
+        params, dtype = join(state.params, self._frozen), self.config.training.export_dtype
+        if self.model.lora:
+            export_adapter(self.directory / "adapter", self.model, params, base=self.config.model.path)
+        export_model(self.directory / "model", self.model, params, source=self.source, dtype=dtype)
 
-    def _start(self, checkpoints: Checkpoints) -> TrainState:
-        section = self.config.optimizer
+    def _start(self, checkpoints: Checkpoints) -> tuple[TrainState, Params]:
+        """The state to go on from, and the parameters that are frozen."""
+        section, lora = self.config.optimizer, self.model.lora
         restored = checkpoints.restore(abstract_state(self.model, section, self.mesh))
+        read: Params = {}
+        if restored is None or lora:
+            read = together(lambda: load_params(self.source, self.model, self.mesh))
+        frozen = read if lora else {}
         if restored is None:
-            params = together(lambda: load_params(self.source, self.model, self.mesh))
-            return init_state(self.model, section, self.mesh, params)
+            key = jax.random.key(self.config.training.seed)
+            trained = self.model.init_trained(key, self.mesh) if lora else read
+            return init_state(self.model, section, self.mesh, trained), frozen
         self.loader.set_state(restored.loader)
         if jax.process_index() == 0:
             print(f"going on from the checkpoint of step {int(restored.state.step)}", flush=True)
-        return restored.state
+        return restored.state, frozen
 
     def _compile(self, first_step: int) -> None:
         """Compile what the steps after that one need. Raises RunError where the device has no room for them."""
         started = time.perf_counter()
         section, sharding = self.config.optimizer, batch_sharding(self.mesh)
-        state = abstract_state(self.model, section, self.mesh)
+        state, frozen = abstract_state(self.model, section, self.mesh), abstract_frozen(self.model, self.mesh)
 
         def lower_step(shape: Shape) -> Lowered:
             model = for_rows(self.model, self.config.model, shape.length)
             step = compile_step(model, section, self.total_steps, self.mesh)
-            return step.lower(state, self.loader.abstract_batch(shape, sharding))
+            return step.lower(state, frozen, self.loader.abstract_batch(shape, sharding))
 
         self._steps_by_shape = compile_all(lower_step, self.loader.shapes_of(range(first_step, self.total_steps)))
         if held_out := self.eval_loader:
             loss = compile_loss(self.model, self.mesh)
-            self._losses_by_shape = compile_all(
-                lambda shape: loss.lower(state.params, held_out.abstract_batch(shape, sharding)), held_out.shapes
-            )
+
+            def lower_loss(shape: Shape) -> Lowered:
+                return loss.lower(state.params, frozen, held_out.abstract_batch(shape, sharding))
+
+            self._losses_by_shape = compile_all(lower_loss, held_out.shapes)
         if jax.process_index() == 0:
             print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
 
@@ -246,7 +269,7 @@ class _Run:
         for step in range(int(state.step) + 1, self.total_steps + 1):
             started = time.perf_counter()
             batch = self._to_devices(next(self.loader))
-            state, metrics = jax.block_until_ready(self._steps_by_shape[_shape(batch)](state, batch))
+            state, metrics = jax.block_until_ready(self._steps_by_shape[_shape(batch)](state, self._frozen, batch))
             numbers = self._numbers(step, batch, metrics, time.perf_counter() - started)
             bad_steps = 0 if metrics.finite else bad_steps + 1
             if self.eval_loader and (step % training.eval_every == 0 or step == self.total_steps):
@@ -301,7 +324,7 @@ class _Run:
         }
         peak = peak_flops(device.device_kind for device in self.mesh.devices.flat)
         if peak:
-            flops = training_flops(self.model.config, counts.tokens, counts.squared_lengths)
+            flops = training_flops(self.model.config, self.model.lora, counts.tokens, counts.squared_lengths)
             numbers["mfu"] = flops / seconds / peak
         return numbers
 
@@ -314,7 +337,7 @@ class _Run:
             counts = self.eval_loader.counts(step)
             share = counts.examples if self.config.training.loss_average == "sample" else counts.trained_tokens
             batch = self._to_devices(batch)
-            total += share * float(self._losses_by_shape[_shape(batch)](params, batch))
+            total += share * float(self._losses_by_shape[_shape(batch)](params, self._frozen, batch))
             weight += share
         return total / weight
 

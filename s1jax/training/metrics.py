@@ -8,10 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 
 from tqdm import tqdm
 
-from s1jax.config import LoggingSection
 from s1jax.config_reader import ConfigError
 from s1jax.jsonl import RowWriter, merge_parts, replace_rows, written_rows
 from s1jax.paths import AnyPath, BucketPath, write_whole
+from s1jax.training.config import LoggingSection
 
 
 @runtime_checkable

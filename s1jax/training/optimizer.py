@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from s1jax.config import OptimizerSection
 from s1jax.model.qwen import Params, Qwen
+from s1jax.training.config import OptimizerSection
 
 _EPSILON = 1e-8
 
@@ -36,7 +36,8 @@ def adamw(section: OptimizerSection, model: Qwen) -> optax.GradientTransformatio
     """
 
     def decays(params: Params) -> Params:
-        return jax.tree.map(lambda axes: _is_matrix(axes), model.axes(), is_leaf=lambda x: isinstance(x, tuple))
+        axes_of, _ = model.split(model.axes())
+        return jax.tree.map(_is_matrix, axes_of, is_leaf=lambda x: isinstance(x, tuple))
 
     return optax.chain(
         optax.clip_by_global_norm(section.max_grad_norm),
@@ -65,5 +66,5 @@ def _stored_as(dtype: jnp.dtype, transformation: optax.GradientTransformation) -
 
 
 def _is_matrix(axes: tuple[str, ...]) -> bool:
-    """Whether a parameter is a weight: it maps from or to the embedding; biases and norms do not."""
-    return "embed" in axes
+    """Whether a parameter is a weight: it maps from or to the embedding or a rank; biases and norms do not."""
+    return "embed" in axes or "rank" in axes

@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 
-from s1jax.config import TrainConfig
 from s1jax.config_reader import to_dict
 from s1jax.locks import exclusive_directory
 from s1jax.paths import AnyPath, write_whole
 from s1jax.strict_json import parse_json
+from s1jax.training.config import TrainConfig
 
 
 class RunError(RuntimeError):

@@ -10,11 +10,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 from jaxtyping import Array, Bool, Float, Int
 
-from s1jax.config import OptimizerSection
 from s1jax.data.packing import Batch
 from s1jax.mesh import constrain, named_sharding
+from s1jax.model.lora import join
 from s1jax.model.qwen import Params, Qwen
 from s1jax.model.token_logprobs import token_logprobs
+from s1jax.training.config import OptimizerSection
 from s1jax.training.optimizer import adamw, learning_rate
 
 
@@ -50,14 +51,18 @@ def loss(model: Qwen, params: Params, batch: Batch) -> Float[Array, ""]:
     return -jnp.sum(jnp.where(batch.weights > 0, batch.weights * logprobs, 0.0))
 
 
-def gradients(model: Qwen, params: Params, batch: Batch) -> tuple[Float[Array, ""], Params]:
-    """Loss and float32 gradients of the whole step: the sum over its microbatches, which the weights make a mean."""
+def gradients(model: Qwen, params: Params, frozen: Params, batch: Batch) -> tuple[Float[Array, ""], Params]:
+    """Loss of the whole step and its float32 gradients by `params`, which together with `frozen` are the model's.
+
+    The sum over the microbatches, which the weights make a mean.
+    """
+    axes_of, _ = model.split(model.axes())
 
     def value_and_grad(params: Params, microbatch: Batch) -> tuple[Array, Params]:
-        value, grads = jax.value_and_grad(partial(loss, model))(params, microbatch)
+        value, grads = jax.value_and_grad(lambda params: loss(model, join(params, frozen), microbatch))(params)
         # Said outright, so that sums over the mesh are scattered where they are made, never held whole.
         return value, jax.tree.map(
-            lambda axes, g: constrain(g, *axes), model.axes(), grads, is_leaf=lambda x: isinstance(x, tuple)
+            lambda axes, g: constrain(g, *axes), axes_of, grads, is_leaf=lambda x: isinstance(x, tuple)
         )
 
     if batch.input_ids.shape[0] == 1:
@@ -71,10 +76,10 @@ def gradients(model: Qwen, params: Params, batch: Batch) -> tuple[Float[Array, "
 
 
 def train_step(
-    model: Qwen, section: OptimizerSection, total_steps: int, state: TrainState, batch: Batch
+    model: Qwen, section: OptimizerSection, total_steps: int, state: TrainState, frozen: Params, batch: Batch
 ) -> tuple[TrainState, StepMetrics]:
     """One optimiser step. If loss or gradient is not finite, parameters and moments stay as they are."""
-    value, grads = gradients(model, state.params, batch)
+    value, grads = gradients(model, state.params, frozen, batch)
     grad_norm = optax.tree.norm(grads)
     rate = learning_rate(section, total_steps)(state.step)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
@@ -85,12 +90,16 @@ def train_step(
 
 
 def compile_step(model: Qwen, section: OptimizerSection, total_steps: int, mesh: Mesh) -> Wrapped:
-    """The step jitted for the mesh: state in and out where `abstract_state` says, its buffers reused."""
+    """The step jitted for the mesh: (state, frozen parameters, batch) to (state, metrics).
+
+    The state goes in and out where `abstract_state` says, its buffers reused.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, section, mesh))
+    frozen = jax.tree.map(lambda leaf: leaf.sharding, abstract_frozen(model, mesh))
     on_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
     return jax.jit(
         partial(train_step, model, section, total_steps),
-        in_shardings=(shardings, batch_sharding(mesh)),
+        in_shardings=(shardings, frozen, batch_sharding(mesh)),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
         compiler_options=_gpu_options(model) if on_gpu else None,
@@ -107,17 +116,17 @@ def _gpu_options(model: Qwen) -> dict[str, str]:
 
 
 def compile_loss(model: Qwen, mesh: Mesh) -> Wrapped:
-    """The loss of a whole batch of held-out examples, jitted for the mesh."""
+    """The loss of (trained parameters, frozen ones, a whole batch of held-out examples), jitted for the mesh."""
 
-    def evaluate(params: Params, batch: Batch) -> Float[Array, ""]:
-        return jnp.sum(jax.lax.map(partial(loss, model, params), batch))
+    def evaluate(params: Params, frozen: Params, batch: Batch) -> Float[Array, ""]:
+        return jnp.sum(jax.lax.map(partial(loss, model, join(params, frozen)), batch))
 
-    params = jax.tree.map(lambda leaf: leaf.sharding, model.abstract_params(mesh))
-    return jax.jit(evaluate, in_shardings=(params, batch_sharding(mesh)))
+    trained, frozen = model.split(jax.tree.map(lambda leaf: leaf.sharding, model.abstract_params(mesh)))
+    return jax.jit(evaluate, in_shardings=(trained, frozen, batch_sharding(mesh)))
 
 
 def init_state(model: Qwen, section: OptimizerSection, mesh: Mesh, params: Params) -> TrainState:
-    """A state at step 0 around these parameters, moments sharded like them."""
+    """A state at step 0 around these trained parameters, moments sharded like them."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, section, mesh))
 
     def start(params: Params) -> tuple[Array, optax.OptState]:
@@ -129,7 +138,7 @@ def init_state(model: Qwen, section: OptimizerSection, mesh: Mesh, params: Param
 
 def abstract_state(model: Qwen, section: OptimizerSection, mesh: Mesh) -> TrainState:
     """Shape, dtype and sharding of a training state; nothing is allocated."""
-    params = model.abstract_params(mesh)
+    params, _ = model.split(model.abstract_params(mesh))
     replicated = NamedSharding(mesh, PartitionSpec())
     transformation = adamw(section, model)
 
@@ -145,3 +154,8 @@ def abstract_state(model: Qwen, section: OptimizerSection, mesh: Mesh) -> TrainS
     )
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     return TrainState(step, params, optimizer)
+
+
+def abstract_frozen(model: Qwen, mesh: Mesh) -> Params:
+    """Shape, dtype and sharding of the parameters that are not trained."""
+    return model.split(model.abstract_params(mesh))[1]

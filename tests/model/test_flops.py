@@ -45,7 +45,7 @@ def test_the_formula_counts_the_multiplications(config: dict) -> None:
     c = model.config
     # Plain attention computes the invisible half too, which the convention leaves out; backward costs twice forward.
     invisible = 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * LENGTH**2
-    assert training_flops(c, LENGTH, LENGTH**2) == 3 * (forward_flops - invisible)
+    assert training_flops(c, None, LENGTH, LENGTH**2) == 3 * (forward_flops - invisible)
 
 
 def test_peaks_are_found_by_the_beginning_of_the_kind() -> None:

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 from s1jax.mesh import make_mesh
 from s1jax.model.config import QwenConfig, UnsupportedConfigError
 from s1jax.model.export import export_model
-from s1jax.model.hf import load_params, resolve_model
+from s1jax.model.hf import load_params
+from s1jax.model.hf_files import resolve_model
 from s1jax.model.qwen import Qwen
 from s1jax.model.safetensors_files import CheckpointError
 from tests.small_disk import small_disk
@@ -100,7 +101,7 @@ def test_every_mesh_reads_the_same_values_each_device_its_part(sizes: tuple[int,
     model, params = read(directory, mesh)
     jax.tree.map(np.testing.assert_array_equal, params, whole)
     assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, model.abstract_params(mesh))
-    gate = params["layers"]["mlp"]["gate"]
+    gate = params["layers"]["mlp"]["gate"]["weight"]
     assert gate.addressable_shards[0].data.shape == (3, 64 // sizes[1], 96 // sizes[2])
 
 

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 from s1jax.mesh import make_mesh
 from s1jax.model.config import QwenConfig
 from s1jax.model.export import export_model, is_exported
-from s1jax.model.hf import load_params, resolve_model, stored_dtypes
+from s1jax.model.hf import load_params
+from s1jax.model.hf_files import resolve_model, stored_dtypes
 from s1jax.model.qwen import Qwen
 from s1jax.model.safetensors_files import CheckpointError, read_header
 from s1jax.paths import AnyPath, BucketPath, files_below, write_whole
@@ -103,7 +104,7 @@ def test_a_file_cut_short_after_its_header_was_read_is_refused(
     weights = directory / "model.safetensors"
     tensors = read_header(weights)
     write_whole(weights, weights.read_bytes()[:-100_000])
-    monkeypatch.setattr("s1jax.model.hf.read_header", lambda path: tensors)
+    monkeypatch.setattr("s1jax.model.hf_files.read_header", lambda path: tensors)
     with pytest.raises(CheckpointError, match="ends before its tensors do") as error:
         read(directory)
     assert str(weights) in str(error.value)

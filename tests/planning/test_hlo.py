@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from s1jax.config import OptimizerSection
 from s1jax.data.packing import Batch
 from s1jax.mesh import make_mesh
 from s1jax.model.config import QwenConfig
@@ -18,6 +17,7 @@ from s1jax.model.qwen import Qwen
 from s1jax.planning.hlo import Program
 from s1jax.planning.traffic import memory_traffic
 from s1jax.planning.training import device_bytes
+from s1jax.training.config import OptimizerSection
 from s1jax.training.step import abstract_state, batch_sharding, compile_step, init_state
 from tests.model.test_flops import matmul_flops
 from tests.tiny import QWEN2
@@ -126,9 +126,9 @@ def test_a_small_run_has_the_planned_memory_and_arithmetic() -> None:
     batch = Batch(ids, ids, positions, ids, lengths, ids.astype(np.float32))
     placed = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh)), batch)
     with jax.set_mesh(mesh):
-        program = Program(step.lower(state, batch).compile().as_text())
-        jaxpr = jax.make_jaxpr(step)(state, batch).jaxpr
-        real, _ = step(init_state(model, OptimizerSection(), mesh, model.init(jax.random.key(0), mesh)), placed)
+        program = Program(step.lower(state, {}, batch).compile().as_text())
+        jaxpr = jax.make_jaxpr(step)(state, {}, batch).jaxpr
+        real, _ = step(init_state(model, OptimizerSection(), mesh, model.init(jax.random.key(0), mesh)), {}, placed)
     for planned, arrays in ((state.params, real.params), (state.optimizer, real.optimizer)):
         on_device = sum(leaf.addressable_shards[3].data.nbytes for leaf in jax.tree.leaves(arrays))
         assert device_bytes(planned) == on_device

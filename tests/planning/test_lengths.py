@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from s1jax.config import TrainConfig
 from s1jax.config_reader import load_config
 from s1jax.planning.hardware import PlanError
 from s1jax.planning.lengths import example_lengths
+from s1jax.training.config import TrainConfig
 from tests.tiny import model_directory
 
 

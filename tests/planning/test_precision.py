@@ -15,7 +15,7 @@ import json, re, sys
 from s1jax.planning.hardware import parse_target, use_compilers_only
 use_compilers_only()
 import jax, jax.numpy as jnp
-from s1jax.config import OptimizerSection
+from s1jax.training.config import OptimizerSection
 from s1jax.data.packing import Batch
 from s1jax.decoding.score import _score_batch
 from s1jax.mesh import make_mesh
@@ -35,7 +35,7 @@ weights = jax.ShapeDtypeStruct((1, 4, 256), jnp.float32, sharding=batch_sharding
 with jax.set_mesh(mesh):
     params = model.abstract_params(mesh, stacked=False)
     score = _score_batch.lower(model, params, jax.ShapeDtypeStruct((4, 200), jnp.int32))
-    train = step.lower(state, Batch(rows, rows, rows, rows, segments, weights))
+    train = step.lower(state, {}, Batch(rows, rows, rows, rows, segments, weights))
     products = [
         line.strip()
         for program in (score, train)

@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 
-from s1jax.config import EvaluateConfig, GenerateConfig, TrainConfig
+from s1jax.config import EvaluateConfig, GenerateConfig
 from s1jax.config_reader import load_config
 from s1jax.processes import start_processes
+from s1jax.training.config import TrainConfig
 
 command, *words = sys.argv[1:]
 roots: dict[str, Any] = {"train.py": TrainConfig, "generate": GenerateConfig, "evaluate": EvaluateConfig}

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s1jax.config import CheckpointSection, OptimizerSection
 from s1jax.mesh import make_mesh
 from s1jax.model.config import QwenConfig
 from s1jax.model.qwen import Qwen
 from s1jax.paths import AnyPath, BucketPath, files_below, write_whole
 from s1jax.training.checkpoint import Cadence, Checkpoints, DamagedCheckpointsError
+from s1jax.training.config import CheckpointSection, OptimizerSection
 from s1jax.training.step import TrainState, abstract_state
 from tests.tiny import QWEN3
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from s1jax.config import LoggingSection
 from s1jax.config_reader import ConfigError
 from s1jax.jsonl import RowWriter, written_rows
 from s1jax.paths import AnyPath, BucketPath
+from s1jax.training.config import LoggingSection
 from s1jax.training.metrics import MetricsFile, check_trackers, open_trackers
 
 

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s1jax.config import OptimizerSection
 from s1jax.mesh import make_mesh
 from s1jax.model.config import QwenConfig
 from s1jax.model.qwen import Qwen
+from s1jax.training.config import OptimizerSection
 from s1jax.training.optimizer import adamw
 from s1jax.training.step import abstract_state, init_state
 from tests.tiny import QWEN2, random_params

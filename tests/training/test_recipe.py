@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from s1jax.config import OptimizerSection, TrainConfig, TrainedModelSection
 from s1jax.config_reader import load_config
 from s1jax.data.examples import Example, load_examples
 from s1jax.data.loader import StepLoader
@@ -19,6 +18,7 @@ from s1jax.data.packing import Batch
 from s1jax.mesh import make_mesh
 from s1jax.model.config import QwenConfig
 from s1jax.model.qwen import Qwen
+from s1jax.training.config import OptimizerSection, TrainConfig, TrainedModelSection
 from s1jax.training.loop import for_rows, train
 from s1jax.training.optimizer import learning_rate
 from s1jax.training.step import abstract_state, batch_sharding, compile_step, gradients, init_state
@@ -115,8 +115,8 @@ def some_batch(microbatches: int, rows: int, seed: int = 0):
 def test_accumulated_gradients_are_those_of_the_big_batch() -> None:
     model = Qwen(QwenConfig.from_hf(QWEN2), dtype=jnp.float32)
     params = random_params(model)
-    whole = jax.jit(lambda p, b: gradients(model, p, b))(params, some_batch(1, 8))
-    parts = jax.jit(lambda p, b: gradients(model, p, b))(params, some_batch(4, 2))
+    whole = jax.jit(lambda p, b: gradients(model, p, {}, b))(params, some_batch(1, 8))
+    parts = jax.jit(lambda p, b: gradients(model, p, {}, b))(params, some_batch(4, 2))
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * max(1, float(np.abs(a).max())))
 
@@ -127,7 +127,7 @@ def test_the_logits_of_all_tokens_are_never_there_at_once(monkeypatch: pytest.Mo
     model = Qwen(QwenConfig.from_hf({**QWEN2, "vocab_size": vocab_size}), dtype=jnp.float32)
     ids = jnp.zeros((1, 8, 512), jnp.int32)
     batch = Batch(ids, ids, ids, ids, jnp.zeros((1, 8, 1), jnp.int32), jnp.zeros((1, 8, 512)))
-    compute = jax.jit(lambda p, b: gradients(model, p, b))
+    compute = jax.jit(lambda p, b: gradients(model, p, {}, b))
     text = compute.lower(model.abstract_params(), batch).compile().as_text()
     shapes = [tuple(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", text)]
     over_vocabulary = [math.prod(shape) // vocab_size for shape in shapes if vocab_size in shape]
@@ -141,15 +141,15 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_state_is_reused() -> 
         state = init_state(model, section, mesh, model.init(jax.random.key(0), mesh))
         take = compile_step(model, section, 10, mesh)
         batch = jax.device_put(some_batch(1, 8), batch_sharding(mesh))
-        state, metrics = take(state, batch)
+        state, metrics = take(state, {}, batch)
         assert bool(metrics.finite)
         before = jax.device_get((state.params, state.optimizer))
         bad = batch._replace(weights=batch.weights.at[0, 0, 0].set(jnp.inf))
-        state, metrics = take(state, jax.device_put(bad, batch_sharding(mesh)))
+        state, metrics = take(state, {}, jax.device_put(bad, batch_sharding(mesh)))
         assert not bool(metrics.finite)
         assert int(state.step) == 2
         jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.params, state.optimizer)), before)
         abstract = abstract_state(model, section, mesh)
-        memory = take.lower(abstract, batch).compile().memory_analysis()
+        memory = take.lower(abstract, {}, batch).compile().memory_analysis()
         held = sum(shard.data.nbytes for x in jax.tree.leaves(state) for shard in x.addressable_shards[:1])
         assert memory.alias_size_in_bytes >= 0.95 * held

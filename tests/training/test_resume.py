@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from s1jax.config import TrainConfig
 from s1jax.config_reader import load_config
 from s1jax.training.checkpoint import DamagedCheckpointsError
+from s1jax.training.config import TrainConfig
 from s1jax.training.loop import train
 from s1jax.training.run_directory import RunError
 from tests.processes import wait_until

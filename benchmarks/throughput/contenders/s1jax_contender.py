@@ -13,13 +13,14 @@ from benchmarks.throughput.contenders.protocol import serve
 from benchmarks.throughput.contest import THREADS
 from s1jax import ThinkingBudget, generate, load
 from s1jax.compilation_cache import keep_compilations
-from s1jax.config import DataSection, ModelSection, OptimizerSection
+from s1jax.config import ModelSection
 from s1jax.decoding.profiles import DelimiterProfile
 from s1jax.mesh import make_mesh
 from s1jax.model import cpu_kernel
 from s1jax.model.config import QwenConfig
 from s1jax.model.hf import load_params
 from s1jax.model.qwen import Qwen
+from s1jax.training.config import DataSection, OptimizerSection
 
 _UNENDING = DelimiterProfile(name="unending", eos=("<|fim_pad|>",))
 """Its answers end with a token that no model writes on its own."""
@@ -101,7 +102,7 @@ class S1jax:
         )
         with jax.set_mesh(self._mesh):
             for batch in loader:
-                self._state, metrics = self._step(self._state, jax.device_put(batch, batch_sharding(self._mesh)))
+                self._state, metrics = self._step(self._state, {}, jax.device_put(batch, batch_sharding(self._mesh)))
             return float(metrics.loss)
 
 
