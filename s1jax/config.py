@@ -31,6 +31,7 @@ PathText = Annotated[str, AfterValidator(_check_path)]
 
 Implementation = Literal["auto", "plain", "chunked", "blocks", "kernel", "cudnn", "splash"]
 """Of attention; `model.attention.attention` says what each is."""
+Quantisation = Literal["int8", "int4"]
 Remat = Literal["none", "dots", "offload", "heads", "gate", "full"]
 
 
@@ -52,6 +53,9 @@ class ModelSection(ComputationSection):
 
     adapter: PathText | None = Field(
         default=None, description="directory or hub id of an adapter in PEFT's format, merged into the model"
+    )
+    weights: Quantisation | None = Field(
+        default=None, description="what the projections' weights are made into while they are read; null: as they are"
     )
 
 

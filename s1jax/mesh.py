@@ -36,6 +36,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "layers": (),
     "norm": (),
     "rank": (),
+    "groups": (),
 }
 
 

@@ -46,7 +46,7 @@ class MergedTensor:
     a: StoredTensor
     b: StoredTensor
     scale: float
-    dtype = "F32"
+    numpy_dtype = np.dtype(np.float32)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from s1jax.compilation_cache import user_cache
 from s1jax.mesh import platform
@@ -35,13 +35,16 @@ FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fopenmp-simd", "-w")
 _LIBRARY = ("-shared", "-fPIC", "-mcpu=native" if _ARM else "-march=native")
 
 
-def multiply(x: Float[Array, "rows inputs"], weight: Float[Array, "outputs inputs"]) -> Float[Array, "rows outputs"]:
+def multiply(
+    x: Float[Array, "rows inputs"],
+    weight: Shaped[Array, "outputs inputs"],
+    scale: Float[Array, "outputs groups"] | None = None,
+) -> Float[Array, "rows outputs"]:
     """`x` times the transposed `weight`, in float32; the weight has a dtype that is `available`. No gradients.
 
-    For few rows, with which the time is that of reading the weight.
+    A weight of integers has a scale. For few rows, with which the time is that of reading the weight.
     """
-    product: Array = _call("s1jax_multiply", (x.shape[0], weight.shape[0]), x, weight)
-    return product
+    return _product("s1jax_multiply", (x.shape[0], weight.shape[0]), x, weight, scale)
 
 
 def attend(
@@ -75,15 +78,27 @@ def write(
 
 
 def matmul(
-    a: Float[Array, "_ _"], b: Float[Array, "_ _"], *, transpose_a: bool = False, transpose_b: bool = False
+    a: Float[Array, "_ _"],
+    b: Shaped[Array, "_ _"],
+    scale: Float[Array, "outputs groups"] | None = None,
+    *,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
 ) -> Float[Array, "_ _"]:
     """The product, in float32, of two matrices, each of them transposed or not. No gradients.
 
-    For many rows, with which the time is that of multiplying; `b` has a dtype that is `available`.
+    For many rows, with which the time is that of multiplying; `b` has a dtype that is `available`. One of integers is
+    transposed, and has a scale.
     """
     shape = (a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1])
-    product: Array = _call(MATMUL, shape, a, b, transpose_a=transpose_a, transpose_b=transpose_b)
-    return product
+    return _product(MATMUL, shape, a, b, scale, transpose_a=transpose_a, transpose_b=transpose_b)
+
+
+def _product(function: str, shape: tuple[int, int], a: Array, b: Array, scale: Array | None, **how: bool) -> Array:
+    if scale is not None and b.dtype == jnp.int4:
+        return _call(function, shape, a, b, scale, **how)
+    product: Array = _call(function, shape, a, b, jnp.zeros((0, 0)), **how)
+    return product if scale is None else product * scale[:, 0]
 
 
 @jax.custom_vjp
@@ -128,7 +143,12 @@ def available(dtype: DTypeLike) -> bool:
     """
     mesh = jax.sharding.get_abstract_mesh()
     whole = mesh.empty or mesh.size == 1
-    return platform() == "cpu" and whole and dtype in (jnp.float32, jnp.bfloat16) and _library() is not None
+    return (
+        platform() == "cpu"
+        and whole
+        and dtype in (jnp.float32, jnp.bfloat16, jnp.int8, jnp.int4)
+        and _library() is not None
+    )
 
 
 def vector_bytes() -> int | None:

@@ -21,7 +21,8 @@ from jax.sharding import Mesh, PartitionSpec
 from s1jax.model.adapter import MergedTensor, read_adapter
 from s1jax.model.config import QwenConfig
 from s1jax.model.hf_files import find_tensors
-from s1jax.model.hf_names import Index, TensorLayout, tensor_layouts
+from s1jax.model.hf_names import Index, TensorLayout, is_projection, scale_name, tensor_layouts
+from s1jax.model.quantisation import QuantisedTensor
 from s1jax.model.qwen import Params, Qwen
 from s1jax.model.safetensors_files import DTYPES, CheckpointError, StoredTensor
 from s1jax.paths import AnyPath, BucketPath
@@ -48,7 +49,7 @@ class _Piece(NamedTuple):
     out: np.ndarray
 
 
-_Tensor = StoredTensor | MergedTensor
+_Tensor = StoredTensor | MergedTensor | QuantisedTensor
 _Run = Callable[[Iterable[Callable[[], None]]], None]
 
 
@@ -80,9 +81,14 @@ def load_params(
     Raises CheckpointError with all that is wrong with a directory, MeshError if the model does not fit the mesh.
     """
     found = _check(directory, model)
-    stored: dict[str, _Tensor] = {**found, **(read_adapter(adapter, found) if adapter else {})}
+    whole: dict[str, StoredTensor | MergedTensor] = {**found, **(read_adapter(adapter, found) if adapter else {})}
+    stored: dict[str, _Tensor] = {**whole}
+    if kind := model.quantisation:
+        for name in filter(is_projection, whole):
+            stored[name] = QuantisedTensor(whole[name], kind, scales=False)
+            stored[scale_name(name)] = QuantisedTensor(whole[name], kind, scales=True)
     abstract = model.abstract_params(mesh, stacked=stacked)
-    layouts = tensor_layouts(model.config, stacked=stacked)
+    layouts = tensor_layouts(model.config, stacked=stacked, scales=model.quantisation is not None)
     params: Params = {}
     with ThreadPoolExecutor(_READERS) as readers, _reading(directory) as run:
         arrays = readers.map(lambda layout: _read(layout, get_at(abstract, layout.path), stored, run), layouts)
@@ -111,7 +117,7 @@ def _check_finite(directory: AnyPath, model: Qwen, layouts: list[TensorLayout], 
         finite(array, array.sharding.spec, layout.per_layer) for array, layout in zip(arrays, layouts, strict=True)
     ]
     bad = {
-        layout.name.format(layer)
+        layout.name.format(layer).removesuffix(scale_name(""))
         for layout, answer in zip(layouts, answers, strict=True)
         for shard in answer.addressable_shards
         for layer in np.flatnonzero(~np.asarray(shard.data).reshape(-1))
@@ -178,7 +184,7 @@ def _readings(
 def _read_block(
     layout: TensorLayout,
     shape: tuple[int, ...],
-    tensor: StoredTensor | MergedTensor,
+    tensor: _Tensor,
     pieces: list[_Piece],
     start: int,
     stop: int,
@@ -192,8 +198,8 @@ def _read_block(
         here = [slice(None)] * out.ndim
         here[dimension] = slice(start - spans[dimension][0], stop - spans[dimension][0])
         targets.append(out[tuple(here)])
-    whole = targets[0].nbytes == (last - first) * tensor.row_bytes and targets[0].dtype == DTYPES[tensor.dtype]
-    if layout.as_stored and whole and len(targets) == 1:
+    whole = targets[0].size == (last - first) * math.prod(tensor.shape[1:])
+    if layout.as_stored and whole and len(targets) == 1 and targets[0].dtype == tensor.numpy_dtype:
         tensor.read_rows(first, last, targets[0])
         return
     block = tensor.read_rows(first, last)

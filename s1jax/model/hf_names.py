@@ -69,8 +69,21 @@ _VECTOR = ((0,),)
 _MATRIX = ((0,), (1,))
 
 
-def tensor_layouts(config: QwenConfig, *, stacked: bool = True) -> list[TensorLayout]:
-    """Every parameter of the architecture, in the order in which checkpoints store them; unstacked, every tensor."""
+def is_projection(name: str) -> bool:
+    """Whether a stored tensor is the weight of one of a layer's projections, which are what is quantised."""
+    return name.endswith("_proj.weight")
+
+
+def scale_name(name: str) -> str:
+    """What the scales of a projection's quantised weight are called."""
+    return f"{name}_scale"
+
+
+def tensor_layouts(config: QwenConfig, *, stacked: bool = True, scales: bool = False) -> list[TensorLayout]:
+    """Every parameter of the architecture, in the order in which checkpoints store them; unstacked, every tensor.
+
+    With `scales`, those of quantised projections too.
+    """
 
     def layer(path: str, name: str, groups: tuple[tuple[int, ...], ...]) -> TensorLayout:
         return TensorLayout(("layers", *path.split(".")), f"model.layers.{{}}.{name}", groups)
@@ -105,6 +118,8 @@ def tensor_layouts(config: QwenConfig, *, stacked: bool = True) -> list[TensorLa
         ]
     if not config.tie_word_embeddings:
         layouts.append(TensorLayout(("head",), "lm_head.weight", _MATRIX))
+    if scales:
+        layouts += [_scales(layout, stacked) for layout in layouts if is_projection(layout.name)]
     if stacked:
         return layouts
     return [
@@ -114,3 +129,10 @@ def tensor_layouts(config: QwenConfig, *, stacked: bool = True) -> list[TensorLa
         for layout in layouts
         for i in range(config.num_hidden_layers if layout.per_layer else 1)
     ]
+
+
+def _scales(weight: TensorLayout, stacked: bool) -> TensorLayout:
+    """Of the scales of a weight, stored as (outputs, groups)."""
+    dimensions = len(weight.groups[0])
+    groups = (tuple(range(1, dimensions + 1)), (0,)) if stacked else (tuple(range(dimensions)), (dimensions,))
+    return TensorLayout((*weight.path[:-1], "scale"), scale_name(weight.name), groups)

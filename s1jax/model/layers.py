@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from s1jax.config import Implementation, LoraTarget
+from s1jax.config import Implementation, LoraTarget, Quantisation
 from s1jax.mesh import Axes, constrain
 from s1jax.model.attention import attention
 from s1jax.model.config import QwenConfig
@@ -21,6 +21,7 @@ from s1jax.model.gates_and_norms import gated, normalised
 from s1jax.model.lora import Lora
 from s1jax.model.paged_attention import LayerCache, PageTable, num_pages, paged_attention, write
 from s1jax.model.projection import project
+from s1jax.model.quantisation import GREATEST, num_groups
 from s1jax.model.rope import rotate
 
 Hidden = Float[Array, "batch length hidden"]
@@ -37,6 +38,7 @@ class Weights(NamedTuple):
     rngs: nnx.Rngs | None
     dtype: DTypeLike
     standard_deviation: float
+    quantisation: Quantisation | None = None
     lora: Lora | None = None
     adapter_dtype: DTypeLike = jnp.float32
     stack: tuple[int, ...] = ()
@@ -69,7 +71,15 @@ class Projection(nnx.Module):
     """
 
     def __init__(self, weights: Weights, target: LoraTarget, inputs: Sizes, outputs: Sizes):
-        self.weight = weights.matrix(inputs, outputs)
+        if kind := weights.quantisation:
+            groups = {"groups": num_groups(kind, math.prod(inputs.values()))}
+            of_unit = weights.standard_deviation * 3**0.5 / GREATEST[kind]
+            constant = nnx.initializers.constant(of_unit)
+            self.scale = weights._replace(dtype=jnp.float32).matrix(groups, outputs, constant)
+            self.weight = weights._replace(dtype=jnp.dtype(kind)).matrix(inputs, outputs, _integers(GREATEST[kind]))
+        else:
+            self.scale = None
+            self.weight = weights.matrix(inputs, outputs)
         self.num_inputs = len(inputs)
         self.outputs_first = weights.outputs_first
         self.adapter_scale = 0.0
@@ -82,11 +92,17 @@ class Projection(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """The sum of both, in the dtype of `x`."""
-        product = project(x, self.weight[...], inputs=self.num_inputs, outputs_first=self.outputs_first)
+        scale = None if self.scale is None else self.scale[...]
+        product = project(x, self.weight[...], scale, inputs=self.num_inputs, outputs_first=self.outputs_first)
         if self.adapter_scale:
             low = project(x, self.lora_a[...], inputs=self.num_inputs, outputs_first=self.outputs_first)
             product += self.adapter_scale * project(low, self.lora_b[...], outputs_first=self.outputs_first)
         return product
+
+
+def _integers(bound: int) -> Callable[..., Array]:
+    """Between minus this and this."""
+    return lambda key, shape, dtype: jax.random.randint(key, shape, -bound, bound + 1, jnp.int8).astype(dtype)
 
 
 def _uniform(bound: float) -> Callable[..., Array]:

@@ -64,6 +64,8 @@ def inference_model(section: ModelSection, mesh_section: DecodingMeshSection, di
         print(described(mesh_section, model, MeshSizes(**mesh.shape)), file=sys.stderr)
     with jax.set_mesh(mesh):
         widened = section.dtype == "float32" and section.param_dtype is None and cpu_kernel.available(jnp.bfloat16)
+        if section.weights:
+            model = replace(model, quantisation=section.weights)
         if widened and stored_dtypes(directory) == {"BF16"}:
             model = replace(model, param_dtype=jnp.dtype("bfloat16"))
     return checked(model, gradients=False), mesh

@@ -1,20 +1,25 @@
 """Products of activations and weights."""
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from s1jax.mesh import platform
 from s1jax.model import cpu_kernel
 
+_LANES = 16
+"""Of the kernels' widest vectors: so many neighbours must have the same scale."""
+
 
 def project(
     x: Float[Array, "..."],
-    weight: Float[Array, "..."],
+    weight: Shaped[Array, "..."],
+    scale: Float[Array, "..."] | None = None,
     *,
     inputs: int = 1,
     outputs_first: bool,
@@ -22,12 +27,45 @@ def project(
 ) -> Float[Array, "..."]:
     """The sums over the last `inputs` dimensions of `x`, computed in the dtype of `x` and returned in it or in `dtype`.
 
-    The weight has the dimensions of its inputs and those of its outputs: the outputs first, or the inputs.
+    The weight has the dimensions of its inputs and those of its outputs: the outputs first, or the inputs. If it is of
+    integers, the scale has those of its outputs and one of groups of inputs, in the same order.
     """
     dtype = dtype or x.dtype
+    if scale is not None:
+        return _project_quantised(x, weight, scale, inputs, outputs_first).astype(dtype)
     if platform() == "cpu":
         return _project_on_cpu(x, weight, inputs, outputs_first).astype(dtype)
     return _dot(x, weight.astype(x.dtype), inputs, outputs_first, dtype)
+
+
+def _project_quantised(x: Array, weight: Array, scale: Array, inputs: int, outputs_first: bool) -> Array:
+    """The product, of which XLA makes one with an operand that it widens, if there is but one scale for each output."""
+    groups = scale.shape[-1 if outputs_first else 0]
+    each = math.prod(x.shape[x.ndim - inputs :]) // groups
+    if outputs_first and platform() == "cpu" and cpu_kernel.available(weight.dtype) and each % _LANES == 0:
+        return _quantised_on_cpu(x, weight, scale, inputs)
+    if groups == 1:
+        product = _dot(x, weight.astype(x.dtype), inputs, outputs_first, x.dtype)
+        return product * scale.reshape(product.shape[x.ndim - inputs :])
+    return _dot(x, _widened(weight, scale, inputs, outputs_first).astype(x.dtype), inputs, outputs_first, x.dtype)
+
+
+def _widened(weight: Array, scale: Array, inputs: int, outputs_first: bool) -> Array:
+    """The weight that integers and scales stand for, in float32."""
+    of_inputs = weight.shape[weight.ndim - inputs :] if outputs_first else weight.shape[:inputs]
+    axis = scale.ndim - 1 if outputs_first else 0
+    each = math.prod(of_inputs) // scale.shape[axis]
+    shape = (*scale.shape[: axis + 1], each, *scale.shape[axis + 1 :])
+    repeated = jnp.broadcast_to(jnp.expand_dims(scale, axis + 1), shape).reshape(weight.shape)
+    return weight.astype(jnp.float32) * repeated
+
+
+def _quantised_on_cpu(x: Array, weight: Array, scale: Array, inputs: int) -> Array:
+    leading, size = x.shape[: x.ndim - inputs], math.prod(x.shape[x.ndim - inputs :])
+    wide = x.reshape(-1, size).astype(jnp.float32)
+    multiply = cpu_kernel.multiply if leading[1:] in ((), (1,)) else partial(cpu_kernel.matmul, transpose_b=True)
+    product = multiply(wide, weight.reshape(-1, size), scale.reshape(-1, scale.shape[-1]))
+    return product.reshape(*leading, *scale.shape[:-1])
 
 
 def precision_of(x: Array) -> jax.lax.Precision | None:

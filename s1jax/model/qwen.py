@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from s1jax.config import Implementation, Remat
+from s1jax.config import Implementation, Quantisation, Remat
 from s1jax.mesh import Axes, constrain, named_sharding
 from s1jax.model.config import QwenConfig
 from s1jax.model.layers import Decoder, DecoderLayer, Hidden, Inputs, Weights
@@ -57,7 +57,8 @@ class Qwen:
     each layer's input, the sum after its attention and its gate projection, which saves half of what recomputation
     costs, "heads" queries, keys and values too, "full" only the input. "offload" moves those and the up projection to
     the host's memory and back while the device computes. With `lora`, adapters are beside the weights: those are what
-    is trained, in `param_dtype`, and the weights are frozen, in `base_dtype`.
+    is trained, in `param_dtype`, and the weights are frozen, in `base_dtype`. With `quantisation`, the weights of
+    projections are integers with scales.
     """
 
     config: QwenConfig
@@ -65,12 +66,13 @@ class Qwen:
     param_dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
     attention: Implementation = "auto"
+    quantisation: Quantisation | None = None
     lora: Lora | None = None
     base_dtype: DTypeLike = jnp.bfloat16
 
     def _declare(self, rngs: nnx.Rngs | None, stacked: bool = True) -> Decoder:
         dtype = self.base_dtype if self.lora else self.param_dtype
-        weights = Weights(rngs, dtype, self.config.initializer_range, self.lora, self.param_dtype)
+        weights = Weights(rngs, dtype, self.config.initializer_range, self.quantisation, self.lora, self.param_dtype)
         return Decoder(self.config, weights, self.attention, stacked)
 
     @cached_property

@@ -19,7 +19,7 @@ from s1jax.config import (
     Remat,
 )
 
-BaseDtype = Literal["float32", "bfloat16"]
+BaseDtype = Literal["float32", "bfloat16", "int8", "int4"]
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Compiled, Lowered
 
+from s1jax.config import Quantisation
 from s1jax.config_reader import ConfigError, to_dict
 from s1jax.data.examples import Dataset, Example, load_examples
 from s1jax.data.loader import StepLoader
@@ -50,6 +51,8 @@ from s1jax.training.step import (
 )
 from s1jax.training.termination import TERMINATED, Termination
 
+_COMPILED_WITH_INT4 = (0, 12)
+"""From this jax on, a program that was compiled before its arguments were there takes those of four bits."""
 PAD_TOKEN = "<|fim_pad|>"
 
 
@@ -76,14 +79,18 @@ def train(config: TrainConfig) -> int:
 def training_model(config: TrainConfig, architecture: QwenConfig) -> Qwen:
     """The model as it is trained: what is trained is float32 unless the configuration says else.
 
-    Raises ConfigError if the adapters that it asks for do not fit the model.
+    Raises ConfigError if the adapters that it asks for do not fit the model, or what is frozen cannot be as it says.
     """
     section = config.model
     lora = lora_of(section.lora, architecture)
     if section.base_dtype and not lora:
         raise ConfigError("model.base_dtype: all weights are trained, none is frozen: set model.lora.rank too")
     model = build_model(section, architecture, param_dtype="float32", remat=section.remat)
-    return replace(model, lora=lora, base_dtype=jnp.dtype(section.base_dtype or "bfloat16"))
+    quantisation: Quantisation | None = section.base_dtype if section.base_dtype in ("int8", "int4") else None
+    if quantisation == "int4" and jax.__version_info__ < _COMPILED_WITH_INT4:
+        raise ConfigError(f"model.base_dtype: int4 needs jax 0.12, this is {jax.__version__}: take int8")
+    dtype = "bfloat16" if quantisation else section.base_dtype or "bfloat16"
+    return replace(model, lora=lora, base_dtype=jnp.dtype(dtype), quantisation=quantisation)
 
 
 def for_rows(model: Qwen, section: TrainedModelSection, length: int) -> Qwen:

@@ -35,10 +35,11 @@ struct Array {
 
   void read_shape() {
     buffer.dtype = static_cast<XLA_FFI_DataType>(number());
-    int64_t bytes = buffer.dtype == XLA_FFI_DataType_BF16 ? 2 : 4;
+    const auto type = buffer.dtype;
+    int64_t bits = type == XLA_FFI_DataType_S4 ? 4 : type == XLA_FFI_DataType_S8 ? 8 : type == XLA_FFI_DataType_BF16 ? 16 : 32;
     dimensions.resize(buffer.rank = number());
-    for (int64_t& dimension : dimensions) bytes *= dimension = number();
-    data.resize(bytes);
+    for (int64_t& dimension : dimensions) bits *= dimension = number();
+    data.resize(bits / 8);
     buffer.dims = dimensions.data();
     buffer.data = data.data();
   }

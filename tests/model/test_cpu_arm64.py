@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from s1jax.config import Quantisation
 from s1jax.model import cpu_kernel
+from s1jax.model.quantisation import quantise
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-TYPES = {"float32": 11, "bfloat16": 16, "int32": 4}
+TYPES = {"float32": 11, "bfloat16": 16, "int32": 4, "int8": 2, "int4": 21}
 """As XLA numbers them in xla/ffi/api/c_api.h."""
 
 pytestmark = pytest.mark.skipif(
@@ -34,12 +36,20 @@ class Call:
         shapes += [(TYPES["float32"], len(shape), *shape) for shape in self.results]
         head = [cpu_kernel.FUNCTIONS.index(self.name), len(arrays), len(self.results), len(self.attributes)]
         numbers = [*head, *self.attributes.values(), *(number for shape in shapes for number in shape)]
-        return b"".join([np.array(numbers, np.int64).tobytes(), *(array.tobytes() for array in arrays)])
+        return b"".join([np.array(numbers, np.int64).tobytes(), *(_in_memory(array) for array in arrays)])
 
     def here(self) -> list[jax.Array]:
         assert cpu_kernel.available(jnp.float32)
         results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in self.results]
         return list(jax.ffi.ffi_call(self.name, results)(*map(jnp.asarray, self.arrays), **self.attributes))
+
+
+def _in_memory(array: np.ndarray) -> bytes:
+    """An array's bytes as XLA has them: of integers of four bits two in each, the first in its lower half."""
+    if array.dtype.name != "int4":
+        return array.tobytes()
+    lower, upper = array.astype(np.int8).reshape(-1, 2).T & 15
+    return (lower | upper << 4).astype(np.uint8).tobytes()
 
 
 def calls() -> Iterator[Call]:
@@ -51,11 +61,20 @@ def calls() -> Iterator[Call]:
     for case in range(40):
         half = case % 2 == 1
         rows, inputs, outputs = (int(rng.integers(1, most)) for most in (40, 1100, 90))
-        yield Call("s1jax_multiply", [normal(rows, inputs), normal(outputs, inputs, half=half)], [(rows, outputs)])
+        no_scale = jnp.zeros((0, 0))
+        weight = normal(outputs, inputs, half=half)
+        yield Call("s1jax_multiply", [normal(rows, inputs), weight, no_scale], [(rows, outputs)])
+
+        kind: Quantisation = "int8" if half else "int4"
+        size = int(rng.integers(1, 20)) * 32
+        integers, scales = quantise(np.asarray(normal(outputs, size)), kind)
+        operands = [normal(rows, size) / 64, integers, no_scale if half else scales]
+        yield Call("s1jax_multiply", operands, [(rows, outputs)])
+        yield Call("s1jax_matmul", operands, [(rows, outputs)], transpose_a=False, transpose_b=True)
 
         a, b = bool(case & 2), bool(case & 4)
         operands = [normal(inputs, rows) if a else normal(rows, inputs)]
-        operands += [normal(outputs, inputs, half=half) if b else normal(inputs, outputs, half=half)]
+        operands += [normal(outputs, inputs, half=half) if b else normal(inputs, outputs, half=half), no_scale]
         yield Call("s1jax_matmul", operands, [(rows, outputs)], transpose_a=a, transpose_b=b)
 
         batch, kv_heads, group, slots, size = (int(rng.integers(1, most)) for most in (4, 4, 10, 150, 140))

@@ -14,9 +14,22 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("width", cpu_kernel.NARROWER)
 def test_the_kernels_compute_the_same_in_narrower_vectors(width: str) -> None:
-    tests = ("tests/model/test_projection.py", "tests/model/test_cpu_training.py")
+    names = ("projection", "quantisation", "cpu_training")
+    tests = [f"tests/model/test_{name}.py" for name in names]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not compile", *tests],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            "-k",
+            "not compile and not a_model and not mesh and not adapter",
+            *tests,
+        ],
         cwd=ROOT,
         env={**os.environ, "S1JAX_CPU_VECTOR_BYTES": width},
         capture_output=True,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -59,6 +60,24 @@ def test_killed_and_on_another_mesh_the_adapter_is_the_same(command: Command, tr
     assert status == 0, said
     for name, tensor in adapter_of(tmp_path / "other").items():
         np.testing.assert_allclose(tensor, expected[name], rtol=0, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("base_dtype", ["bfloat16", "int8", "int4"])
+def test_beside_a_base_of_fewer_bits_the_losses_are_near(
+    command: Command, trained: Path, base_dtype: str, tmp_path: Path
+) -> None:
+    words = ("model.lora.rank=4", f"model.base_dtype={base_dtype}", "training.max_steps=3")
+    status, said = run(command(tmp_path / "run", *words), devices=16)
+    if base_dtype == "int4" and jax.__version_info__ < (0, 12):
+        assert "model.base_dtype: int4 needs jax 0.12" in said
+        return
+    assert status == 0, said
+    losses = [
+        [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()[:3]]
+        for output in (tmp_path / "run", trained)
+    ]
+    np.testing.assert_allclose(*losses, rtol=0.05)
+    assert losses[0] != losses[1]
 
 
 def test_the_adapter_and_the_merged_model_answer_alike(trained: Path, model: Path, tmp_path: Path) -> None:

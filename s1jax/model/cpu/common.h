@@ -38,18 +38,22 @@ namespace ffi = xla::ffi;
 #ifdef __aarch64__
 constexpr int kVectorBytes = 16, kRegisters = 32;
 #define S1JAX_FMA(a, b, c) vfmaq_f32(c, a, b)
+#define S1JAX_WIDEN(lanes) vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(lanes))))
 #define S1JAX_REGISTER "w"
 #else
 #define S1JAX_REGISTER "v"
 #ifdef __AVX512VL__
 constexpr int kVectorBytes = 64, kRegisters = 32;
 #define S1JAX_FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define S1JAX_WIDEN(lanes) _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(lanes))
 #elif S1JAX_VECTOR_BYTES == 16
 constexpr int kVectorBytes = 16, kRegisters = 16;
 #define S1JAX_FMA(a, b, c) _mm_fmadd_ps(a, b, c)
+#define S1JAX_WIDEN(lanes) _mm_cvtepi32_ps(_mm_cvtepi8_epi32(lanes))
 #else
 constexpr int kVectorBytes = 32, kRegisters = 16;
 #define S1JAX_FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define S1JAX_WIDEN(lanes) _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(lanes))
 #endif
 #endif
 constexpr int kVector = kVectorBytes / sizeof(float);
@@ -58,7 +62,22 @@ typedef float Floats __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 
+typedef int8_t Signed __attribute__((vector_size(kVectorBytes / 4)));
+typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t Quads __attribute__((vector_size(kVectorBytes)));
+
 typedef uint16_t BFloat16;
+
+// Where there are integers of four bits: two in a byte, the first in its lower half. Of so many neighbours, a power of two,
+// each is multiplied by the same scale.
+struct Int4 {
+  const uint8_t* bytes;
+  const float* scales;
+  int64_t at;
+  int shift;  // of that power
+
+  Int4 operator+(int64_t n) const { return {bytes, scales, at + n, shift}; }
+};
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -84,6 +103,50 @@ inline Floats load(const float* at, int64_t n = kVector) { return read<Floats>(a
 inline Floats load(const BFloat16* at, int64_t n = kVector) {
   return (Floats)(__builtin_convertvector(read<Halves>(at, n), Words) << 16);
 }
+
+// In its lowest bytes, a vector of the width that instructions know. Left to convertvector, GCC takes lanes one by one.
+inline Floats widened(Signed lanes) {
+#ifdef __aarch64__
+  int8x8_t wide = {};
+#else
+  __m128i wide = {};
+#endif
+  memcpy(&wide, &lanes, sizeof(lanes));
+  return (Floats)S1JAX_WIDEN(wide);
+}
+
+inline Floats load(const int8_t* at, int64_t n = kVector) { return widened(read<Signed>(at, n)); }
+
+// Sixteen integers of four bits, or as many as a vector has: each is shifted to the upper end of its lane, and then down.
+template <int... I>
+Floats unpacked(uint64_t packed, std::integer_sequence<int, I...>) {
+  const Words both = (Words)(packed - Quads{}), shifts = {(28 - I % 8 * 4)...};
+  const Words words = __builtin_shufflevector(both, both, (I / 8)...);
+  return __builtin_convertvector((Integers)(words << shifts) >> 28, Floats);
+}
+
+// From a vector on.
+inline Floats load(Int4 at, int64_t n = kVector) {
+  const uint8_t* bytes = at.bytes + (at.at >> 1);
+  uint64_t packed = 0;
+  if (n < kVector)
+    packed = part<uint64_t>(bytes, (n + 1) / 2);
+  else
+    memcpy(&packed, bytes, kVector / 2);
+  return unpacked(packed, std::make_integer_sequence<int, kVector>{}) * at.scales[at.at >> at.shift];
+}
+
+// What is fetched from memory for what is read there, and how many bits an element has.
+template <class T>
+const void* address(const T* at) {
+  return at;
+}
+inline const void* address(Int4 at) { return at.bytes + (at.at >> 1); }
+template <class T>
+constexpr int64_t bits(const T*) {
+  return 8 * sizeof(T);
+}
+constexpr int64_t bits(Int4) { return 4; }
 
 __attribute__((noinline)) inline void store_part(float* at, Floats vector, int64_t n) {
   memcpy(at, &vector, std::max<int64_t>(0, n) * sizeof(float));
@@ -162,11 +225,22 @@ void share(ffi::ThreadPool& threads, int64_t count, const Work& work, bool ahead
   while (progress->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
 }
 
-// Calls f with the data of a weight or cache, float32 or bfloat16, as what it is.
+// Calls f with the data of a cache, float32 or bfloat16, as what it is.
 template <class F>
 ffi::Error with_type(const ffi::AnyBuffer& buffer, F f) {
   const void* data = buffer.untyped_data();
   buffer.element_type() == ffi::F32 ? f(static_cast<const float*>(data)) : f(static_cast<const BFloat16*>(data));
+  return ffi::Error::Success();
+}
+
+// Calls f with a weight of any type that there is a load for. The scales, (outputs, groups), are those of four bits.
+template <class F>
+ffi::Error with_weight(const ffi::AnyBuffer& weight, const ffi::BufferR2<ffi::F32>& scales, F f) {
+  const void* data = weight.untyped_data();
+  if (weight.element_type() == ffi::S8) return f(static_cast<const int8_t*>(data)), ffi::Error::Success();
+  if (weight.element_type() != ffi::S4) return with_type(weight, f);
+  const int64_t group = weight.dimensions()[1] / scales.dimensions()[1];
+  f(Int4{static_cast<const uint8_t*>(data), scales.typed_data(), 0, __builtin_ctzll(group)});
   return ffi::Error::Success();
 }
 

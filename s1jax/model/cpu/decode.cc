@@ -1,5 +1,5 @@
-// What decoding does most, for XLA on a CPU, over float32 activations and weights and caches of float32 or bfloat16:
-// products with a weight stored (outputs, inputs), and attention of one token over a cache.
+// What decoding does most, for XLA on a CPU, over float32 activations and caches of float32 or bfloat16: products with a
+// weight stored (outputs, inputs), of those or of integers, and attention of one token over a cache.
 //
 // With few rows the time is that of reading the weight. Every weight is read from memory once, in the order in which it
 // is stored, and while one part is computed the next is fetched; the rows of x stay in the caches.
@@ -45,7 +45,7 @@ void sum_lanes(const Floats (&of)[N], float (&sums)[N]) {
 // y[r, o] = sum_k x[r, k] * weight[o, k] over n values of k, added to what y holds if `add`. Rows of x and of the weight
 // are `inputs` apart, those of y `outputs`. What lies `ahead` of what is read is fetched from memory meanwhile.
 template <class W, int Outputs, int Rows = kRows>
-void tile(int64_t rows, const float* x, const W* weight, int64_t inputs, int64_t n, float* y, int64_t outputs, bool add,
+void tile(int64_t rows, const float* x, W weight, int64_t inputs, int64_t n, float* y, int64_t outputs, bool add,
           int64_t ahead) {
   if constexpr (Rows > 1)
     if (rows < Rows) return tile<W, Outputs, Rows - 1>(rows, x, weight, inputs, n, y, outputs, add, ahead);
@@ -53,8 +53,8 @@ void tile(int64_t rows, const float* x, const W* weight, int64_t inputs, int64_t
   const auto vector = [&](int64_t k, int64_t lanes) {
     Floats weights[Outputs];
     for (int o = 0; o < Outputs; o++) {
-      __builtin_prefetch(weight + o * inputs + k + ahead, 0, 2);
-      weights[o] = load(weight + o * inputs + k, lanes);
+      __builtin_prefetch(address(weight + (o * inputs + k + ahead)), 0, 2);
+      weights[o] = load(weight + (o * inputs + k), lanes);
     }
     for (int r = 0; r < Rows; r++) {
       const Floats values = kept(load(x + r * inputs + k, lanes));
@@ -73,7 +73,7 @@ void tile(int64_t rows, const float* x, const W* weight, int64_t inputs, int64_t
 // y = x weight^T for so many outputs of all rows; rows of y are `stride` apart. With the last tile of rows, what lies
 // `ahead` of the weight is fetched from memory.
 template <class W>
-void products(int64_t rows, int64_t inputs, int64_t outputs, const float* x, const W* weight, float* y, int64_t stride,
+void products(int64_t rows, int64_t inputs, int64_t outputs, const float* x, W weight, float* y, int64_t stride,
               int64_t ahead) {
   const int64_t tiles = divide_up(rows, kRows);
   const int64_t length = divide_up(divide_up(inputs, divide_up(inputs, kInputsAtOnce)), kVector) * kVector;
@@ -84,7 +84,7 @@ void products(int64_t rows, int64_t inputs, int64_t outputs, const float* x, con
       const auto tiles_of = [&](auto width) {
         constexpr int kWidth = decltype(width)::value;
         for (; o + kWidth <= outputs; o += kWidth)
-          tile<W, kWidth>(count, x + row * inputs + k, weight + o * inputs + k, inputs, n, y + row * stride + o, stride,
+          tile<W, kWidth>(count, x + row * inputs + k, weight + (o * inputs + k), inputs, n, y + row * stride + o, stride,
                           k > 0, t + 1 == tiles ? ahead : 0);
       };
       tiles_of(std::integral_constant<int, kOutputs>{});
@@ -93,10 +93,11 @@ void products(int64_t rows, int64_t inputs, int64_t outputs, const float* x, con
 }
 
 // y[m, n] = sum_k x[m, k] * weight[n, k].
-ffi::Error multiply(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::AnyBuffer weight, ffi::ResultBufferR2<ffi::F32> y) {
+ffi::Error multiply(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::AnyBuffer weight, ffi::BufferR2<ffi::F32> scales,
+                    ffi::ResultBufferR2<ffi::F32> y) {
   const int64_t rows = x.dimensions()[0], inputs = x.dimensions()[1], outputs = y->dimensions()[1];
-  return with_type(weight, [&](auto* data) {
-    const int64_t fitting = kBlockBytes / (std::min(inputs, kInputsAtOnce) * sizeof(*data));
+  return with_weight(weight, scales, [&](auto data) {
+    const int64_t fitting = 8 * kBlockBytes / (std::min(inputs, kInputsAtOnce) * bits(data));
     const int64_t width = std::max<int64_t>(1, std::min(fitting, divide_up(outputs, kShares)) / kOutputs) * kOutputs;
     const auto block = [=, x = x.typed_data(), y = y->typed_data()](int64_t i, int64_t next) {
       const int64_t begin = i * width, here = std::min(width, outputs - begin);

@@ -18,12 +18,12 @@ constexpr int64_t kTileColumns = 2 * kVector;
 constexpr int64_t kInputsAtOnce = 384, kPanels = 16, kTiles = 32;
 
 // A matrix to read: neighbours in a column are `row` elements apart, those in a row `column`; one of both is 1.
-template <class T>
+template <class Pointer>
 struct View {
-  const T* data;
+  Pointer data;
   int64_t row, column;
 
-  View from(int64_t i, int64_t j) const { return {data + i * row + j * column, row, column}; }
+  View from(int64_t i, int64_t j) const { return {data + (i * row + j * column), row, column}; }
   View transposed() const { return {data, column, row}; }
 };
 
@@ -44,8 +44,8 @@ void transpose(Floats (&v)[kVector]) {
 
 // Writes the first `rows` rows and `columns` columns of a matrix as packed[column][row], `width` floats a column, with
 // zeros for the rows that are missing; what a last vector has too much, the next column overwrites.
-template <int64_t width, class T>
-void pack(View<T> from, int64_t rows, int64_t columns, float* packed) {
+template <int64_t width, class Pointer>
+void pack(View<Pointer> from, int64_t rows, int64_t columns, float* packed) {
   if (from.row == 1) {
     for (int64_t column = 0; column < columns; column++)
 #pragma GCC unroll 4
@@ -95,12 +95,12 @@ void tile(const float* a, const float* b, int64_t inputs, float* c, int64_t stri
 
 // c = a b of rows x inputs by inputs x columns, added to what c holds if `add`; rows of c are `stride` apart. On the threads
 // of the pool, or without one on this alone.
-template <class T>
-void product(View<float> a, View<T> b, float* c, int64_t stride, int64_t rows, int64_t inputs, int64_t columns, bool add,
+template <class Pointer>
+void product(View<const float*> a, View<Pointer> b, float* c, int64_t stride, int64_t rows, int64_t inputs, int64_t columns, bool add,
              ffi::ThreadPool* pool = nullptr) {
   // c is cut into blocks, which threads compute independently of each other: so many tiles down by so many panels across.
   const int64_t tiles = divide_up(rows, kTileRows), panels = divide_up(columns, kTileColumns);
-  const int64_t parts = divide_up(inputs, kInputsAtOnce), depth = divide_up(inputs, parts);
+  const int64_t parts = divide_up(inputs, kInputsAtOnce), depth = divide_up(divide_up(inputs, parts), kVector) * kVector;
   const int64_t threads = pool ? pool->num_threads() : 1;
   int64_t down = divide_up(tiles, kTiles), across = divide_up(panels, kPanels);
   // As many for each thread, if there are enough: of the longer side.
@@ -129,18 +129,18 @@ void product(View<float> a, View<T> b, float* c, int64_t stride, int64_t rows, i
   for (int64_t i = 0; i < down * across; i++) block(i, 0);
 }
 
-template <class T>
-View<T> whole(const T* data, int64_t columns, bool transposed) {
-  return transposed ? View<T>{data, 1, columns} : View<T>{data, columns, 1};
+template <class Pointer>
+View<Pointer> whole(Pointer data, int64_t columns, bool transposed) {
+  return transposed ? View<Pointer>{data, 1, columns} : View<Pointer>{data, columns, 1};
 }
 
-// c = a b, each of both transposed or not; b may be of bfloat16.
-ffi::Error matmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> a, ffi::AnyBuffer b, ffi::ResultBufferR2<ffi::F32> c,
-                  ffi::Dictionary how) {
+// c = a b, each of both transposed or not; b may be a weight of any type.
+ffi::Error matmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> a, ffi::AnyBuffer b, ffi::BufferR2<ffi::F32> scales,
+                  ffi::ResultBufferR2<ffi::F32> c, ffi::Dictionary how) {
   const bool transpose_a = *how.get<bool>("transpose_a"), transpose_b = *how.get<bool>("transpose_b");
   const int64_t rows = c->dimensions()[0], columns = c->dimensions()[1], inputs = a.dimensions()[transpose_a ? 0 : 1];
-  return with_type(b, [&](auto* data) {
-    product(whole(a.typed_data(), a.dimensions()[1], transpose_a), whole(data, b.dimensions()[1], transpose_b),
+  return with_weight(b, scales, [&](auto data) {
+    product(whole<const float*>(a.typed_data(), a.dimensions()[1], transpose_a), whole(data, b.dimensions()[1], transpose_b),
             c->typed_data(), columns, rows, inputs, columns, false, &pool);
   });
 }
@@ -162,13 +162,13 @@ struct Block {
   // Products of x, tokens x keys, y, an array of queries, and z, an array of keys.
   void y_times_z(const float* y, const float* z, std::vector<float>& x) const {
     x.resize(tokens * keys);
-    product<float>({y + query, of_query, 1}, {z + key, 1, of_key}, x.data(), keys, tokens, size, keys, false);
+    product<const float*>({y + query, of_query, 1}, {z + key, 1, of_key}, x.data(), keys, tokens, size, keys, false);
   }
   void x_times_z(const std::vector<float>& x, const float* z, float* y) const {
-    product<float>({x.data(), keys, 1}, {z + key, of_key, 1}, y + query, of_query, tokens, keys, size, false);
+    product<const float*>({x.data(), keys, 1}, {z + key, of_key, 1}, y + query, of_query, tokens, keys, size, false);
   }
   void add_x_times_y(const std::vector<float>& x, const float* y, float* z) const {
-    product<float>({x.data(), 1, keys}, {y + query, of_query, 1}, z + key, of_key, keys, tokens, size, true);
+    product<const float*>({x.data(), 1, keys}, {y + query, of_query, 1}, z + key, of_key, keys, tokens, size, true);
   }
 };
 

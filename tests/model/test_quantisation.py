@@ -1,0 +1,160 @@
+"""Weights of integers: how they are made, their products, and models that are read with them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from safetensors.numpy import load_file, save_file
+
+from s1jax.config import Quantisation
+from s1jax.mesh import make_mesh
+from s1jax.model.config import QwenConfig
+from s1jax.model.hf import load_params
+from s1jax.model.lora import join
+from s1jax.model.projection import project
+from s1jax.model.quantisation import quantise
+from s1jax.model.qwen import Params, Qwen
+from s1jax.model.safetensors_files import CheckpointError
+from tests.model.test_adapter import logits, saved, with_adapters
+from tests.reference import quantisation as reference
+from tests.tiny import QWEN2, QWEN3, model_directory
+
+KINDS: tuple[Quantisation, ...] = ("int8", "int4")
+numbers = st.floats(-1e6, 1e6, width=32).filter(lambda x: x == 0 or abs(x) > 1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, max_examples=50)
+@given(data=st.data())
+def test_integers_are_the_nearest_and_the_greatest_is_exact(kind: Quantisation, data: st.DataObject) -> None:
+    shape = data.draw(st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 24, 32, 96, 128, 160, 256])))
+    rows = data.draw(arrays(np.float32, shape, elements=numbers))
+    integers, scales = quantise(rows, kind)
+    expected, of_groups = reference.quantise(rows, kind)
+    assert integers.dtype == jnp.dtype(kind)
+    np.testing.assert_allclose(scales, of_groups, rtol=1e-6)
+    # Half-way between two, either may be taken: float32 and float64 differ.
+    assert np.abs(integers.astype(int) - expected).max() <= 1
+    errors = np.abs(reference.widened(integers.astype(int), scales) - rows)
+    assert (errors <= np.repeat(scales, shape[1] // scales.shape[1], axis=1) * 0.50001).all()
+
+
+def inputs_first(array: np.ndarray, inputs: tuple[int, ...]) -> np.ndarray:
+    """(outputs, inputs) as a stacked projection has it."""
+    return array.T.reshape(*inputs, -1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("outputs_first", [True, False])
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (3, 1), (2, 5), (5, 20)])
+@pytest.mark.parametrize("inputs", [(128,), (4, 96), (40,), (1024,), (7, 128)])
+def test_products_are_those_of_what_the_integers_stand_for(
+    kind: Quantisation, outputs_first: bool, rows: tuple[int, ...], inputs: tuple[int, ...]
+) -> None:
+    rng = np.random.default_rng(0)
+    size = int(np.prod(inputs))
+    integers, scales = quantise(rng.normal(size=(45, size)).astype(np.float32), kind)
+    x = rng.normal(size=(*rows, *inputs)).astype(np.float32)
+    exact = x.reshape(*rows, size).astype(np.float64) @ reference.widened(integers.astype(int), scales).T
+    weight = integers.reshape(45, *inputs) if outputs_first else inputs_first(integers, inputs)
+    scale = scales if outputs_first else scales.T
+    product = jax.jit(partial_project(len(inputs), outputs_first))(x, jnp.asarray(weight), jnp.asarray(scale))
+    np.testing.assert_allclose(product, exact, rtol=1e-5, atol=1e-4)
+
+
+def partial_project(inputs: int, outputs_first: bool) -> Callable[..., jax.Array]:
+    return lambda x, weight, scale: project(x, weight, scale, inputs=inputs, outputs_first=outputs_first)
+
+
+def read(directory: Path, model: Qwen, sizes: tuple[int, int, int] = (1, 1, 1), **more: Any) -> Params:
+    return load_params(directory, model, make_mesh(*sizes, jax.devices()[: int(np.prod(sizes))]), **more)
+
+
+def float_model(config: dict[str, Any], **more: Any) -> Qwen:
+    return Qwen(QwenConfig.from_hf(config), dtype=jnp.float32, **more)
+
+
+def stand_in(directory: Path, to: Path, kind: Quantisation, config: dict[str, Any]) -> Path:
+    """The directory of a model whose weights are what the integers of this one stand for."""
+    model_directory(to, config)
+    tensors = load_file(directory / "model.safetensors")
+    for name in (n for n in tensors if n.endswith("_proj.weight")):
+        integers, scales = quantise(tensors[name].astype(np.float32), kind)
+        tensors[name] = reference.widened(integers.astype(int), scales).astype(np.float32)
+    save_file(tensors, to / "model.safetensors")
+    return to
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
+def test_a_model_computes_what_its_integers_stand_for(
+    kind: Quantisation, config: dict[str, Any], tmp_path: Path
+) -> None:
+    directory = model_directory(tmp_path / "model", config)
+    expected = logits(
+        float_model(config), read(stand_in(directory, tmp_path / "wide", kind, config), float_model(config))
+    )
+    model = float_model(config, quantisation=kind)
+    for stacked in (True, False):
+        found = logits(model, read(directory, model, stacked=stacked))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4, err_msg=f"{stacked=}")
+    query = read(directory, model)["layers"]["attention"]["query"]
+    assert query["weight"].dtype == jnp.dtype(kind)
+    original = logits(float_model(config), read(directory, float_model(config)))
+    assert np.abs(original - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [(1, 8, 2), (2, 2, 4)])
+def test_every_mesh_has_the_same_integers(kind: Quantisation, sizes: tuple[int, int, int], tmp_path: Path) -> None:
+    config = {**QWEN2, "num_attention_heads": 8, "num_key_value_heads": 4}
+    directory, model = model_directory(tmp_path / "model", config), float_model(config, quantisation=kind)
+    for stacked in (True, False):
+        whole, spread = (read(directory, model, mesh, stacked=stacked) for mesh in ((1, 1, 1), sizes))
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), whole, spread)
+        with jax.set_mesh(make_mesh(*sizes)):
+            found = logits(model, spread)
+        np.testing.assert_allclose(found, logits(model, whole), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_is_merged_before_and_trained_beside(kind: Quantisation, tmp_path: Path) -> None:
+    beside, params = with_adapters(QWEN2)
+    base, adapter = saved(tmp_path, beside, params)
+    model = replace(beside, lora=None, quantisation=kind)
+    merged = logits(model, read(base, model, adapter=adapter))
+    with_base = replace(beside, quantisation=kind)
+    run_time = logits(with_base, join(read(base, model), beside.split(params)[0]))
+    expected = logits(beside, params)
+    # Both are near what they stand for, and neither is the base without the adapter.
+    far = np.abs(logits(model, read(base, model)) - expected).mean()
+    assert np.abs(merged - expected).mean() < far
+    assert np.abs(run_time - expected).mean() < far
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_that_is_not_finite_is_named(kind: Quantisation, tmp_path: Path) -> None:
+    directory, name = model_directory(tmp_path / "model"), "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(directory / "model.safetensors")
+    tensors[name][3, 5] = np.nan
+    save_file(tensors, directory / "model.safetensors")
+    model = float_model(QWEN2, quantisation=kind)
+    with pytest.raises(CheckpointError, match=f"NaN or infinite weights in {name}"):
+        read(directory, model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_integers_have_the_spread_of_random_weights(kind: Quantisation) -> None:
+    wide, model = float_model(QWEN2), float_model(QWEN2, quantisation=kind)
+    gate = model.init(jax.random.key(0))["layers"]["mlp"]["gate"]
+    values = np.asarray(gate["weight"], np.float32) * np.asarray(gate["scale"][0, 0, 0])
+    expected = np.asarray(wide.init(jax.random.key(0))["layers"]["mlp"]["gate"]["weight"])
+    assert values.std() == pytest.approx(expected.std(), rel=0.2)
