@@ -4,6 +4,7 @@ Parameters and activations name what their dimensions *are* (heads, mlp, batch, 
 those dimensions live. Code runs under `jax.set_mesh(mesh)`; without a mesh nothing is constrained.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +36,9 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "layers": (),
     "norm": (),
+    # Of the half of an adapter that has no embedding dimension.
     "rank": (),
+    "divided_rank": ("fsdp",),
     "groups": (),
 }
 
@@ -103,7 +106,7 @@ def process_row_shard(mesh: Mesh) -> tuple[int, int]:
 def partition_spec(axes: Axes, shape: Sequence[int], mesh_shape: dict[str, int]) -> PartitionSpec:
     """Where an array's dimensions lie on a mesh of these sizes.
 
-    Key/value heads fewer than the tensor axis are replicated, never split by head_dim.
+    Key/value heads fewer than the tensor axis are replicated, never split by head_dim, and a rank that does not divide.
 
     Raises MeshError if two dimensions want the same mesh axis or a dimension is not divisible by its shards.
     """
@@ -113,6 +116,8 @@ def partition_spec(axes: Axes, shape: Sequence[int], mesh_shape: dict[str, int])
         mesh_axes = tuple(a for a in LOGICAL_AXES[name] if mesh_shape[a] > 1) if name else ()
         shards = int(np.prod([mesh_shape[a] for a in mesh_axes], dtype=int))
         if name == "kv_heads" and shards % size == 0 and shards > size:
+            mesh_axes, shards = (), 1
+        if name == "divided_rank" and size % shards:
             mesh_axes, shards = (), 1
         for axis in mesh_axes:
             if axis in user:
@@ -145,4 +150,5 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def device_bytes(tree: Any) -> int:
     """Bytes that one device holds of abstract arrays with shardings."""
     leaves = jax.tree.leaves(tree)
-    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)
+    sizes = (math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+    return sum(size * jax.dtypes.itemsize_bits(leaf.dtype) for size, leaf in zip(sizes, leaves, strict=True)) // 8

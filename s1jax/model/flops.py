@@ -16,6 +16,8 @@ PEAK_FLOPS = {
     "NVIDIA B200": 2250e12,
     "NVIDIA GB200": 2500e12,
     "NVIDIA A100": 312e12,
+    # Sums in float32.
+    "NVIDIA GeForce RTX 4090": 165.2e12,
     "TPU v4": 275e12,
     "TPU v5p": 459e12,
     "TPU v5 lite": 197e12,

@@ -85,9 +85,10 @@ class Projection(nnx.Module):
         self.adapter_scale = 0.0
         lora = weights.lora
         if lora and target in lora.targets:
-            adapter, rank = weights._replace(dtype=weights.adapter_dtype), {"rank": lora.rank}
-            self.lora_a = adapter.matrix(inputs, rank, init=_uniform(math.prod(inputs.values()) ** -0.5))
-            self.lora_b = adapter.matrix(rank, outputs, init=nnx.initializers.zeros)
+            adapter = weights._replace(dtype=weights.adapter_dtype)
+            begin = _uniform(math.prod(inputs.values()) ** -0.5)
+            self.lora_a = adapter.matrix(inputs, {_rank(inputs): lora.rank}, init=begin)
+            self.lora_b = adapter.matrix({_rank(outputs): lora.rank}, outputs, init=nnx.initializers.zeros)
             self.adapter_scale = lora.scale
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -98,6 +99,11 @@ class Projection(nnx.Module):
             low = project(x, self.lora_a[...], inputs=self.num_inputs, outputs_first=self.outputs_first)
             product += self.adapter_scale * project(low, self.lora_b[...], outputs_first=self.outputs_first)
         return product
+
+
+def _rank(others: Sizes) -> str:
+    """The rank's logical name beside these dimensions of an adapter's half: one of both lies over the shards."""
+    return "rank" if "embed" in others else "divided_rank"
 
 
 def _integers(bound: int) -> Callable[..., Array]:

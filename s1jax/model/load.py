@@ -49,6 +49,11 @@ def build_model(section: ComputationSection, config: QwenConfig, *, param_dtype:
     )
 
 
+def decoding_model(section: ModelSection, config: QwenConfig) -> Qwen:
+    """The model as it decodes: parameters are kept in the dtype of the computation, unless the section says else."""
+    return replace(build_model(section, config, param_dtype=section.dtype), quantisation=section.weights)
+
+
 def inference_model(section: ModelSection, mesh_section: DecodingMeshSection, directory: AnyPath) -> tuple[Qwen, Mesh]:
     """The directory's model as inference runs it, and the devices that it is spread over, which is said on a line.
 
@@ -56,7 +61,7 @@ def inference_model(section: ModelSection, mesh_section: DecodingMeshSection, di
     computation, or, where products widen weights as they read them and the section does not say, in the checkpoint's
     bfloat16 under float32: the numbers are the same, and half as many bytes. Raises MeshError.
     """
-    model = build_model(section, QwenConfig.from_directory(directory), param_dtype=section.dtype)
+    model = decoding_model(section, QwenConfig.from_directory(directory))
     devices = jax.local_devices() if mesh_section.copies else jax.devices()
     sizes = decoding_mesh_sizes(mesh_section, model, machine_of(devices))
     mesh = make_mesh(*sizes, devices)
@@ -64,8 +69,6 @@ def inference_model(section: ModelSection, mesh_section: DecodingMeshSection, di
         print(described(mesh_section, model, MeshSizes(**mesh.shape)), file=sys.stderr)
     with jax.set_mesh(mesh):
         widened = section.dtype == "float32" and section.param_dtype is None and cpu_kernel.available(jnp.bfloat16)
-        if section.weights:
-            model = replace(model, quantisation=section.weights)
         if widened and stored_dtypes(directory) == {"BF16"}:
             model = replace(model, param_dtype=jnp.dtype("bfloat16"))
     return checked(model, gradients=False), mesh

@@ -21,7 +21,7 @@ from s1jax.decoding.sampling import SamplingParams, draws_of
 from s1jax.decoding.setup import rows_of, sampling_of
 from s1jax.device_memory import GIB
 from s1jax.mesh import batch_shards, device_bytes, make_mesh, named_sharding
-from s1jax.model.load import build_model
+from s1jax.model.load import decoding_model
 from s1jax.model.paged_attention import CACHE_AXES, PAGE, KVCache, LayerCache, cache_shape, num_pages
 from s1jax.model.placement import Machine, decoding_mesh_sizes
 from s1jax.model.qwen import Qwen
@@ -154,7 +154,7 @@ def plan_generation(config: GenerateConfig, target: Target, devices: Sequence[ja
     copies = len(devices) // target.devices_per_host if config.mesh.copies else 1
     devices = devices[: len(devices) // copies]
     architecture = resolve_architecture(config.model.path)
-    model = build_model(config.model, architecture, param_dtype=config.model.dtype)
+    model = decoding_model(config.model, architecture)
     machine = Machine(len(devices), target.devices_per_host, usable_bytes(target.hardware))
     mesh = make_mesh(*decoding_mesh_sizes(config.mesh, model, machine), devices)
     context = architecture.max_position_embeddings

@@ -81,6 +81,7 @@ _TPU_LATENCIES = (1e-6, 0.0, 1e-6)
 book "How to Scale Your Model"."""
 
 _H100_MEMORY, _H200_MEMORY, _A100_MEMORY = 84_942_979_072, 150_754_820_096, 84_974_239_744
+_RTX4090_MEMORY = 25_393_692_672
 _B200_MEMORY, _GB200_MEMORY = 191_503_532_032, 197_568_495_616
 
 HARDWARE = {
@@ -99,6 +100,9 @@ HARDWARE = {
                  _gpu(152, 1.965, _GB200_MEMORY, 8.0e12, 132_644_864, 233_472, "10.0")),
         Hardware("a100-80g", "NVIDIA A100", "cuda", _A100_MEMORY, 2.039e12, 300e9, 25e9, 32e9, *_GPU_LATENCIES,
                  _gpu(108, 1.41, _A100_MEMORY, 2.039e12, 41_943_040, 167_936, "8.0")),
+        # A consumer card alone in its machine.
+        Hardware("rtx4090", "NVIDIA GeForce RTX 4090", "cuda", _RTX4090_MEMORY, 1.008e12, 32e9, 1e9, 32e9, *_GPU_LATENCIES,
+                 _gpu(128, 2.52, _RTX4090_MEMORY, 1.008e12, 75_497_472, 102_400, "8.9")),
         # TPU: the bandwidth of all of a chip's interconnect links together, one way; a slice has no slower part. To the
         # host, what the book "How to Scale Your Model" reckons with.
         Hardware("v5p", "TPU v5p", "tpu", int(95.74 * GIB), 2.765e12, 300e9, 300e9, 15e9, *_TPU_LATENCIES),

@@ -13,8 +13,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
-_BYTES |= {"s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1, "s4": 1, "u4": 1}
+_BYTES: dict[str, float] = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+}
+_BYTES |= {"s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1, "s4": 0.5, "u4": 0.5}
 BESIDE = ("async-start", "fusion-start")
 """What starts other operations beside those after it; `called_by` says which."""
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -44,7 +55,7 @@ class Shape(NamedTuple):
     @property
     def num_bytes(self) -> int:
         """Bytes of the whole array; 0 for a token or an unknown type."""
-        return _BYTES.get(self.dtype, 0) * math.prod(self.dimensions)
+        return int(_BYTES.get(self.dtype, 0) * math.prod(self.dimensions))
 
     @property
     def on_host(self) -> bool:

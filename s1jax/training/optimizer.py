@@ -67,4 +67,4 @@ def _stored_as(dtype: jnp.dtype, transformation: optax.GradientTransformation) -
 
 def _is_matrix(axes: tuple[str, ...]) -> bool:
     """Whether a parameter is a weight: it maps from or to the embedding or a rank; biases and norms do not."""
-    return "embed" in axes or "rank" in axes
+    return not {"embed", "rank", "divided_rank"}.isdisjoint(axes)
