@@ -101,7 +101,8 @@ HARDWARE = {
         Hardware("a100-80g", "NVIDIA A100", "cuda", _A100_MEMORY, 2.039e12, 300e9, 25e9, 32e9, *_GPU_LATENCIES,
                  _gpu(108, 1.41, _A100_MEMORY, 2.039e12, 41_943_040, 167_936, "8.0")),
         # A consumer card alone in its machine.
-        Hardware("rtx4090", "NVIDIA GeForce RTX 4090", "cuda", _RTX4090_MEMORY, 1.008e12, 32e9, 1e9, 32e9, *_GPU_LATENCIES,
+        Hardware("rtx4090", "NVIDIA GeForce RTX 4090", "cuda", _RTX4090_MEMORY, 1.008e12, 32e9, 1e9, 32e9,
+                 *_GPU_LATENCIES,
                  _gpu(128, 2.52, _RTX4090_MEMORY, 1.008e12, 75_497_472, 102_400, "8.9")),
         # TPU: the bandwidth of all of a chip's interconnect links together, one way; a slice has no slower part. To the
         # host, what the book "How to Scale Your Model" reckons with.

@@ -12,8 +12,16 @@ from tests.planning.conftest import plan
 from tests.tiny import QWEN2
 
 NEAR = "{0:T(1024)S(1)}"
-SHAPES = {"h100": "1x4", "h200": "1x4", "a100-80g": "1x4", "b200": "1x4", "gb200": "1x4", "v5p": "2x2x1"}
-SHAPES |= {"v5e": "2x2", "v6e": "2x2", "tpu7x": "2x2x1"}
+SHAPES = {
+    "h100": "1x4",
+    "h200": "1x4",
+    "a100-80g": "1x4",
+    "rtx4090": "1x4",
+    "b200": "1x4",
+    "gb200": "1x4",
+    "v5p": "2x2x1",
+}
+SHAPES |= {"v5e": "2x2", "v6e": "2x2", "tpu7x": "2x2x1", "rtx4090": "1x4"}
 
 
 def traffic(*operations: str) -> Traffic:

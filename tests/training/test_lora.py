@@ -80,6 +80,34 @@ def test_beside_a_base_of_fewer_bits_the_losses_are_near(
     assert losses[0] != losses[1]
 
 
+def test_after_fifty_steps_the_loss_is_that_of_training_all_weights(
+    command: Command, model: Path, tmp_path: Path
+) -> None:
+    """Of a model that has learned something else before, at ten times the rate, as adapters want it."""
+    texts = {"sums": "I add {i} and {j}. ", "products": "So I take {i}, {j} times. "}
+    for name, thinking in texts.items():
+        pairs = [(i, i % 7) for i in range(10, 58)]
+        rows = [
+            {"question": f"{i} and {j}?", "thinking_trajectories": [thinking.format(i=i, j=j) * 2], "attempt": str(i)}
+            for i, j in pairs
+        ]
+        (tmp_path / name).with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def last_loss(name: str, start: Path, data: str, steps: int, rate: float, *more: str) -> float:
+        words = [f"model.path={start}", f"data.path={tmp_path / data}.jsonl", f"optimizer.learning_rate={rate}"]
+        words += ["training.num_epochs=20", f"training.max_steps={steps}", "training.batch_size=8", *more]
+        status, said = run(command(tmp_path / name, *words, "checkpoint.every_steps=null"))
+        assert status == 0, said
+        return float(json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])["loss"])
+
+    before = last_loss("before", model, "sums", 100, 3e-3)
+    learned = tmp_path / "before" / "model"
+    full = last_loss("full", learned, "products", 50, 1e-3)
+    adapters = last_loss("adapters", learned, "products", 50, 1e-2, "model.lora.rank=16", "model.base_dtype=float32")
+    assert full < 1 < 2 * before + 2
+    assert adapters <= 1.05 * full
+
+
 def test_the_adapter_and_the_merged_model_answer_alike(trained: Path, model: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"What is {i} + {i + 3}?"}) + "\n" for i in range(4)))
@@ -110,6 +138,7 @@ def test_the_adapter_and_the_merged_model_answer_alike(trained: Path, model: Pat
         (("model.lora.rank=4", "model.lora.targets=[]"), "model.lora.targets"),
         (("model.base_dtype=bfloat16",), "model.base_dtype: all weights are trained"),
         (("model.adapter=x",), "model.adapter"),
+        (("model.weights=int8",), "model.weights"),
     ],
 )
 def test_what_cannot_be_is_one_line_before_anything_is_read(
