@@ -27,6 +27,7 @@ from s1jax.model.config_json import read_config_json
 from s1jax.model.hf import expected_shapes, get_at, stored_tensors
 from s1jax.model.hf_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_FILE, SINGLE_FILE
 from s1jax.model.hf_names import TensorLayout, tensor_layouts
+from s1jax.model.projection import widened
 from s1jax.model.qwen import Params, Qwen
 from s1jax.model.safetensors_files import CheckpointError, make_file
 from s1jax.paths import AnyPath, BucketPath, remove_tree, write_whole
@@ -58,8 +59,8 @@ def export_model(
     weights are stored as (default: as they are); they are cast where they lie, and only the first process has them
     sent from its devices. Files have at most `max_file_bytes` (default: 5 GB, in a bucket 1 GB), or one tensor.
 
-    A model's adapters are merged into its weights. Raises CheckpointError if `directory` exists or cannot be written;
-    then no model stands under that name.
+    A model's adapters are merged into its weights, and integers are widened. Raises CheckpointError if `directory`
+    exists or cannot be written; then no model stands under that name.
     """
     if is_exported(directory) or (isinstance(directory, Path) and directory.exists()):
         raise CheckpointError(directory, ["already exists; choose another name or remove it"])
@@ -171,12 +172,12 @@ def _file(
 def _as_stored(layout: TensorLayout, dtype: np.dtype, model: Qwen, params: Params, layer: int) -> jax.Array:
     """One tensor as it is stored, where every process has it whole."""
     array = get_at(params, layout.path)
-    projection = get_at(params, layout.path[:-1]) if model.lora and layout.path[-1] == "weight" else {}
     sharding, whole = array.sharding, None
     if not array.is_fully_addressable and isinstance(sharding, NamedSharding):
         whole = NamedSharding(sharding.mesh, PartitionSpec())
-    if model.lora and "lora_a" in projection:
-        return _converter(whole)(layout, dtype, projection, layer, model.lora.scale)
+    if layout.path[-1] == "weight":
+        adapter_scale = model.lora.scale if model.lora else 0.0
+        return _converter(whole)(layout, dtype, get_at(params, layout.path[:-1]), layer, adapter_scale)
     return _converter(whole)(layout, dtype, array, layer)
 
 
@@ -190,13 +191,16 @@ def _converter(whole: NamedSharding | None) -> Callable[..., jax.Array]:
     return jax.jit(convert, static_argnums=(0, 1, 4), out_shardings=whole)
 
 
-def _merged(projection: Params, scale: float) -> jax.Array:
-    """One layer's weight of a projection, with what its adapter adds, in float32."""
-    weight = projection["weight"].astype(jnp.float32)
+def _merged(projection: Params, adapter_scale: float) -> jax.Array:
+    """One layer's weight of a stacked projection: widened if it is of integers, with what an adapter adds."""
+    weight = projection["weight"]
+    if (scale := projection.get("scale")) is not None:
+        weight = widened(weight, scale, weight.ndim - scale.ndim + 1, outputs_first=False)
     if "lora_a" not in projection:
         return weight
     a, b = projection["lora_a"], projection["lora_b"]
-    return weight + scale * jnp.tensordot(a, b, axes=1, precision="highest", preferred_element_type=jnp.float32)
+    added = jnp.tensordot(a, b, axes=1, precision="highest", preferred_element_type=jnp.float32)
+    return weight.astype(jnp.float32) + adapter_scale * added
 
 
 def _write_texts(directory: AnyPath, model: Qwen, source: AnyPath | None, dtype: np.dtype) -> None:

@@ -47,11 +47,13 @@ def _project_quantised(x: Array, weight: Array, scale: Array, inputs: int, outpu
     if groups == 1:
         product = _dot(x, weight.astype(x.dtype), inputs, outputs_first, x.dtype)
         return product * scale.reshape(product.shape[x.ndim - inputs :])
-    return _dot(x, _widened(weight, scale, inputs, outputs_first).astype(x.dtype), inputs, outputs_first, x.dtype)
+    return _dot(x, widened(weight, scale, inputs, outputs_first).astype(x.dtype), inputs, outputs_first, x.dtype)
 
 
-def _widened(weight: Array, scale: Array, inputs: int, outputs_first: bool) -> Array:
-    """The weight that integers and scales stand for, in float32."""
+def widened(
+    weight: Int[Array, "..."], scale: Float[Array, "..."], inputs: int, outputs_first: bool
+) -> Float[Array, "..."]:
+    """The weight that integers and their scales stand for, in float32; its dimensions are as those of `project`."""
     of_inputs = weight.shape[weight.ndim - inputs :] if outputs_first else weight.shape[:inputs]
     axis = scale.ndim - 1 if outputs_first else 0
     each = math.prod(of_inputs) // scale.shape[axis]

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from s1jax.config import Quantisation
 from s1jax.mesh import make_mesh
 from s1jax.model.config import QwenConfig
+from s1jax.model.export import export_model
 from s1jax.model.hf import load_params
 from s1jax.model.lora import join
 from s1jax.model.projection import project
@@ -134,6 +135,9 @@ def test_an_adapter_is_merged_before_and_trained_beside(kind: Quantisation, tmp_
     with_base = replace(beside, quantisation=kind)
     run_time = logits(with_base, join(read(base, model), beside.split(params)[0]))
     expected = logits(beside, params)
+    export_model(tmp_path / "merged", with_base, join(read(base, model), beside.split(params)[0]), dtype=jnp.float32)
+    exported = logits(replace(model, quantisation=None), read(tmp_path / "merged", replace(model, quantisation=None)))
+    np.testing.assert_allclose(exported, run_time, rtol=0, atol=1e-4)
     # Both are near what they stand for, and neither is the base without the adapter.
     far = np.abs(logits(model, read(base, model)) - expected).mean()
     assert np.abs(merged - expected).mean() < far
