@@ -258,8 +258,9 @@ def _peak_memory() -> int:
 
 def _table(report: Row) -> str:
     vectors = report["cpu_vector_bytes"]
+    quantised = f" in {report['quantisation']}" if report["quantisation"] else ""
     lines = [
-        f"{report['devices']} x {report['device']}, {report['dtype']}, {report['weights']} weights, "
+        f"{report['devices']} x {report['device']}, {report['dtype']}, {report['weights']} weights{quantised}, "
         f"prompts of {report['prompt_length']}, {report['new_tokens']} new tokens; "
         f"copy {report['copy_bytes_per_second'] / 1e9:.1f} GB/s"
         + (f"; kernels for the CPU in vectors of {vectors} bytes" if vectors else ""),
