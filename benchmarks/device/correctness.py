@@ -119,7 +119,7 @@ def _parity(report: Report, dtype: str) -> Row:
 
     def on(platform: str, model: Qwen) -> Any:
         with jax.set_mesh(_one_device(platform)):
-            return jax.device_get(jax.jit(partial(gradients, model))(params, batch))
+            return jax.device_get(jax.jit(partial(gradients, model))(params, {}, batch))
 
     right, (loss, found) = on("cpu", Qwen(model.config, dtype=jnp.float32)), on(jax.default_backend(), model)
     # Of all together: a bias of keys has no gradient but rounding.

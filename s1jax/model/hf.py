@@ -22,7 +22,7 @@ from s1jax.model.adapter import MergedTensor, read_adapter
 from s1jax.model.config import QwenConfig
 from s1jax.model.hf_files import find_tensors
 from s1jax.model.hf_names import Index, TensorLayout, is_projection, scale_name, tensor_layouts
-from s1jax.model.quantisation import QuantisedTensor
+from s1jax.model.quantisation import QuantisedTensor, Quantiser
 from s1jax.model.qwen import Params, Qwen
 from s1jax.model.safetensors_files import DTYPES, CheckpointError, StoredTensor
 from s1jax.paths import AnyPath, BucketPath
@@ -85,8 +85,9 @@ def load_params(
     stored: dict[str, _Tensor] = {**whole}
     if kind := model.quantisation:
         for name in filter(is_projection, whole):
-            stored[name] = QuantisedTensor(whole[name], kind, scales=False)
-            stored[scale_name(name)] = QuantisedTensor(whole[name], kind, scales=True)
+            made = Quantiser(whole[name], kind)
+            stored[name] = QuantisedTensor(made, of_scales=False)
+            stored[scale_name(name)] = QuantisedTensor(made, of_scales=True)
     abstract = model.abstract_params(mesh, stacked=stacked)
     layouts = tensor_layouts(model.config, stacked=stacked, scales=model.quantisation is not None)
     params: Params = {}
