@@ -15,9 +15,6 @@ from s1jax.model.safetensors_files import StoredTensor
 
 _GROUP = 128
 GREATEST = {"int8": 127, "int4": 7}
-"""Integers of either sign."""
-_TRIED: dict[Quantisation, tuple[float, ...]] = {"int8": (127,), "int4": (-8, -9, -10, -11)}
-"""What the number of a group that is farthest from 0 is to become; cut, where that is beyond the integers."""
 
 
 def num_groups(quantisation: Quantisation, inputs: int) -> int:
@@ -28,40 +25,17 @@ def num_groups(quantisation: Quantisation, inputs: int) -> int:
 def quantise(rows: np.ndarray, quantisation: Quantisation) -> tuple[np.ndarray, np.ndarray]:
     """Integers (outputs, inputs) and float32 scales (outputs, groups) of float32 rows.
 
-    Of the scales that are tried for a group, the one whose integers have the least squared error. Where a row is not
-    finite, its scale is not.
+    The integers are the nearest, and exact for the greatest of a group. Where a row is not finite, its scale is not.
     """
     groups = rows.reshape(len(rows), num_groups(quantisation, rows.shape[1]), -1)
-    highest, lowest = groups.max(-1, keepdims=True), groups.min(-1, keepdims=True)
-    farthest = np.where(highest < -lowest, lowest, highest)
-    tried = [farthest / np.float32(target) for target in _TRIED[quantisation]]
-    scales, whole = tried[0], _rounded(groups, tried[0], quantisation)
-    if len(tried) > 1:
-        least = _squared_error(groups, whole, scales)
-    for others in tried[1:]:
-        other_whole = _rounded(groups, others, quantisation)
-        error = _squared_error(groups, other_whole, others)
-        better = error < least
-        whole, scales = np.where(better, other_whole, whole), np.where(better, others, scales)
-        least = np.minimum(error, least)
-    return whole.reshape(rows.shape).astype(jnp.dtype(quantisation)), scales[..., 0]
-
-
-def _rounded(groups: np.ndarray, scales: np.ndarray, quantisation: Quantisation) -> np.ndarray:
-    limits = jnp.iinfo(jnp.dtype(quantisation))
+    scales = np.maximum(groups.max(-1), -groups.min(-1)) / np.float32(GREATEST[quantisation])
     # A group of zeros has the scale 0.
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=np.isfinite(scales) & (scales != 0))
-    with np.errstate(invalid="ignore", over="ignore"):
-        whole = groups * inverse
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=np.isfinite(scales) & (scales > 0))
+    with np.errstate(invalid="ignore"):
+        whole = groups * inverse[..., None]
         np.rint(whole, out=whole)
-        return np.clip(whole, limits.min, limits.max, out=whole).astype(np.int8)
-
-
-def _squared_error(groups: np.ndarray, whole: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Of each group."""
-    errors = whole * scales
-    errors -= groups
-    return np.einsum("ogi,ogi->og", errors, errors)[..., None]
+        integers = whole.astype(np.int8)
+    return integers.reshape(rows.shape).astype(jnp.dtype(quantisation)), scales
 
 
 class Quantiser:

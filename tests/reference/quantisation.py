@@ -2,9 +2,7 @@
 
 import numpy as np
 
-TRIED = {"int8": [127], "int4": [-8, -9, -10, -11]}
-"""What the number of a group that is farthest from 0 is to become, the positive one of two."""
-LIMITS = {"int8": (-128, 127), "int4": (-8, 7)}
+GREATEST = {"int8": 127, "int4": 7}
 
 
 def group_of(quantisation: str, inputs: int) -> int:
@@ -23,15 +21,10 @@ def quantise(rows: np.ndarray, quantisation: str) -> tuple[np.ndarray, np.ndarra
     for output in range(outputs):
         for first in range(0, inputs, group):
             of_group = rows[output, first : first + group]
-            best = None
-            for target in TRIED[quantisation]:
-                scale = float(max(of_group, key=lambda value: (abs(value), value))) / target
-                whole = [round(float(value) / scale) if scale else 0 for value in of_group]
-                whole = [min(max(value, LIMITS[quantisation][0]), LIMITS[quantisation][1]) for value in whole]
-                error = sum((w * scale - float(value)) ** 2 for w, value in zip(whole, of_group, strict=True))
-                if best is None or error < best:
-                    best, scales[output, first // group] = error, scale
-                    integers[output, first : first + group] = whole
+            scale = max(abs(float(value)) for value in of_group) / GREATEST[quantisation]
+            scales[output, first // group] = scale
+            for i, value in enumerate(of_group):
+                integers[output, first + i] = round(float(value) / scale) if scale else 0
     return integers, scales
 
 
