@@ -115,9 +115,8 @@ def partition_spec(axes: Axes, shape: Sequence[int], mesh_shape: dict[str, int])
     for name, size in zip(axes, shape, strict=True):
         mesh_axes = tuple(a for a in LOGICAL_AXES[name] if mesh_shape[a] > 1) if name else ()
         shards = int(np.prod([mesh_shape[a] for a in mesh_axes], dtype=int))
-        if name == "kv_heads" and shards % size == 0 and shards > size:
-            mesh_axes, shards = (), 1
-        if name == "divided_rank" and size % shards:
+        few_heads = name == "kv_heads" and shards % size == 0 and shards > size
+        if few_heads or (name == "divided_rank" and size % shards):
             mesh_axes, shards = (), 1
         for axis in mesh_axes:
             if axis in user:

@@ -54,14 +54,14 @@ def _compute(
     from s1jax.decoding.requests import Request, encode_prompt, problem_of, thinking_budget
     from s1jax.decoding.results import Finished
     from s1jax.decoding.setup import build_engine, prepare
-    from s1jax.model.fingerprint import fingerprint
-    from s1jax.model.hf_files import resolve_model
+    from s1jax.model.fingerprint import model_fingerprint
 
+    model = ModelSection(path=path, dtype=section.dtype)
     same = {key: getattr(section, key) for key in ("path", "dtype", "budget", "instruction")}
-    same |= {f"the model's {name}": found for name, found in fingerprint(resolve_model(path)).items()}
+    same |= {f"the model's {name}": found for name, found in model_fingerprint(model).items()}
     keep_settings(same, results, results.with_name(results.name + ".config.json"))
     config = GenerateConfig(
-        model=ModelSection(path=path, dtype=section.dtype),
+        model=model,
         budget=section.budget,
         batch_size=section.batch_size,
         mesh=section.mesh,

@@ -26,9 +26,8 @@ from s1jax.decoding.workload import picture, run_workload
 from s1jax.device_memory import peak_resident_bytes
 from s1jax.mesh import batch_shards, divisible_rows
 from s1jax.model import cpu_kernel
-from s1jax.model.hf import load_params
-from s1jax.model.hf_files import resolve_adapter, resolve_model
-from s1jax.model.load import LoadedModel, inference_model
+from s1jax.model.hf_files import resolve_model
+from s1jax.model.load import LoadedModel, inference_model, read_params
 from s1jax.model.paged_attention import PAGE, KVCache, num_pages
 from s1jax.paths import AnyPath, any_path, write_whole
 
@@ -130,8 +129,7 @@ def _measured(config: BenchmarkConfig) -> Row:
     model, mesh = inference_model(config.model if has_weights else as_computed, config.mesh, directory)
     with jax.set_mesh(mesh):
         if has_weights:
-            adapter = resolve_adapter(config.model.adapter) if config.model.adapter else None
-            params = load_params(directory, model, mesh, stacked=False, adapter=adapter)
+            params = read_params(config.model, directory, model, mesh)
         else:
             params = jax.jit(model.unstack)(model.init(jax.random.key(0), mesh))
         loaded = LoadedModel(model, params, mesh, directory)

@@ -46,7 +46,6 @@ class MergedTensor:
     a: StoredTensor
     b: StoredTensor
     scale: float
-    numpy_dtype = np.dtype(np.float32)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,10 +61,9 @@ class MergedTensor:
     def _a(self) -> np.ndarray:
         return self.a.read_rows(0, self.a.shape[0]).astype(np.float32)
 
-    def read_rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows from `start` up to `stop`, as `StoredTensor.read_rows`."""
-        rows = np.empty((stop - start, *self.shape[1:]), np.float32) if out is None else out.reshape(stop - start, -1)
-        np.matmul(self.scale * self.b.read_rows(start, stop).astype(np.float32), self._a, out=rows)
+        rows = self.scale * self.b.read_rows(start, stop).astype(np.float32) @ self._a
         rows += self.stored.read_rows(start, stop).astype(np.float32)
         return rows
 

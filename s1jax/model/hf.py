@@ -183,12 +183,7 @@ def _readings(
 
 
 def _read_block(
-    layout: TensorLayout,
-    shape: tuple[int, ...],
-    tensor: _Tensor,
-    pieces: list[_Piece],
-    start: int,
-    stop: int,
+    layout: TensorLayout, shape: tuple[int, ...], tensor: _Tensor, pieces: list[_Piece], start: int, stop: int
 ) -> None:
     """Read the tensor's rows from `start` up to `stop`, counted in our dimension, and put each piece where it goes."""
     dimension = layout.groups[0][0]
@@ -199,10 +194,11 @@ def _read_block(
         here = [slice(None)] * out.ndim
         here[dimension] = slice(start - spans[dimension][0], stop - spans[dimension][0])
         targets.append(out[tuple(here)])
-    whole = targets[0].size == (last - first) * math.prod(tensor.shape[1:])
-    if layout.as_stored and whole and len(targets) == 1 and targets[0].dtype == tensor.numpy_dtype:
-        tensor.read_rows(first, last, targets[0])
-        return
+    if layout.as_stored and len(targets) == 1 and isinstance(tensor, StoredTensor):
+        whole = targets[0].nbytes == (last - first) * tensor.row_bytes and targets[0].dtype == DTYPES[tensor.dtype]
+        if whole:
+            tensor.read_rows(first, last, targets[0])
+            return
     block = tensor.read_rows(first, last)
     for (spans, _), target in zip(pieces, targets, strict=True):
         columns = layout.hf_index(tuple(slice(*span) for span in spans), shape)[1:]

@@ -74,6 +74,15 @@ def inference_model(section: ModelSection, mesh_section: DecodingMeshSection, di
     return checked(model, gradients=False), mesh
 
 
+def read_params(section: ModelSection, directory: AnyPath, model: Qwen, mesh: Mesh) -> Params:
+    """The directory's weights as inference wants them, unrolled, with the section's adapter merged into them.
+
+    Raises FileNotFoundError, CheckpointError or MeshError.
+    """
+    adapter = resolve_adapter(section.adapter) if section.adapter else None
+    return load_params(directory, model, mesh, stacked=False, adapter=adapter)
+
+
 def load_model(section: ModelSection, mesh: DecodingMeshSection) -> LoadedModel:
     """Find, check and read a model for inference: `inference_model` with its parameters.
 
@@ -81,9 +90,8 @@ def load_model(section: ModelSection, mesh: DecodingMeshSection) -> LoadedModel:
     """
     directory = resolve_model(section.path)
     model, devices = inference_model(section, mesh, directory)
-    adapter = resolve_adapter(section.adapter) if section.adapter else None
     with ThreadPoolExecutor(1) as reader:
         # Meanwhile, for those who will ask for it; they are told what is wrong with it, too.
         reader.submit(load_tokenizer, directory)
-        params = load_params(directory, model, devices, stacked=False, adapter=adapter)
+        params = read_params(section, directory, model, devices)
     return LoadedModel(model, params, devices, directory)

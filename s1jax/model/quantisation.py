@@ -79,15 +79,6 @@ class QuantisedTensor:
         """Of one output, while it is made."""
         return 4 * self.made.tensor.shape[1]
 
-    @property
-    def numpy_dtype(self) -> np.dtype:
-        """Of what is read."""
-        return np.dtype(np.float32) if self.of_scales else jnp.dtype(self.made.quantisation)
-
-    def read_rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows from `start` up to `stop`, as `StoredTensor.read_rows`."""
-        made = (self.made.scales if self.of_scales else self.made.integers)(start, stop)
-        if out is None:
-            return made
-        out.reshape(made.shape)[...] = made
-        return out
+        return (self.made.scales if self.of_scales else self.made.integers)(start, stop)

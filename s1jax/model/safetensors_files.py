@@ -43,11 +43,6 @@ class StoredTensor(NamedTuple):
     dtype: str
 
     @property
-    def numpy_dtype(self) -> np.dtype:
-        """Its dtype here."""
-        return DTYPES[self.dtype]
-
-    @property
     def row_bytes(self) -> int:
         """Of one index of the first dimension."""
         return (self.stop - self.start) // self.shape[0]
@@ -66,7 +61,7 @@ class StoredTensor(NamedTuple):
             count = read_range(self.path, begin, content.data)
         if count < wanted:
             raise CheckpointError(self.path, ["ends before its tensors do"])
-        return content.view(self.numpy_dtype).reshape(stop - start, *self.shape[1:])
+        return content.view(DTYPES[self.dtype]).reshape(stop - start, *self.shape[1:])
 
 
 def read_header(path: AnyPath) -> dict[str, StoredTensor]:

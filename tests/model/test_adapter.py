@@ -28,6 +28,8 @@ IDS = np.random.default_rng(1).integers(0, 368, (2, 40)).astype(np.int32)
 ALL = LoraSection().targets
 TARGETS = {"all": ALL, "two": ("q_proj", "down_proj")}
 
+needs_torch = pytest.mark.skipif(sys.version_info >= (3, 12), reason="torch 2.13.0 is installed on Python 3.11 only")
+
 
 def logits(model: Qwen, params: Params, ids: np.ndarray = IDS) -> np.ndarray:
     positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
@@ -70,7 +72,7 @@ def test_unrolled_equals_scanned() -> None:
     np.testing.assert_allclose(logits(model, model.unstack(params)), logits(model, params), rtol=0, atol=1e-5)
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 12), reason="torch 2.13.0 is installed on Python 3.11 only")
+@needs_torch
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("config", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
 def test_peft_has_the_same_logits(config: dict[str, Any], targets: str, tmp_path: Path) -> None:
@@ -79,7 +81,7 @@ def test_peft_has_the_same_logits(config: dict[str, Any], targets: str, tmp_path
     np.testing.assert_allclose(logits(model, params), peft_logits(base, adapter), rtol=0, atol=2e-4)
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 12), reason="torch 2.13.0 is installed on Python 3.11 only")
+@needs_torch
 @pytest.mark.parametrize(
     "options",
     [{}, {"use_rslora": True}, {"layers_to_transform": [0, 2]}, {"target_modules": "all-linear"}],
