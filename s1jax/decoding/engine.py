@@ -80,6 +80,7 @@ class Engine:
         cache_tokens: int | None = None,
         logprobs: bool = False,
         share: bool = True,
+        steps_per_chunk: int = STEPS_PER_CHUNK,
     ):
         """Settings of all requests; `batch_size` is rounded up to what the mesh divides.
 
@@ -91,7 +92,7 @@ class Engine:
         one prompt compute it once. Results are those of each alone.
         """
         self._loaded, self._tokenizer, self._profile = loaded, tokenizer, profile
-        self._logprobs, self._share = logprobs, share
+        self._logprobs, self._share, self._steps = logprobs, share, steps_per_chunk
         self._draws = Draws()
         """What any request so far asks of the sampler."""
         self._batch = divisible_rows(batch_size, loaded.mesh)
@@ -199,11 +200,11 @@ class Engine:
                 # First what the next chunk depends on.
                 for row, column, slot in at_work:
                     if done[column]:
-                        events += [slot.take(chunk, column), *self._finish(row)]
+                        events += [slot.take(chunk, column, state), *self._finish(row)]
                 self._in_flight = None if self.is_idle or self._error else self._dispatch()
         except (OutOfMemoryError, ValueError) as error:
             self._error = error
-        return events + [slot.take(chunk, column) for _, column, slot in at_work if not done[column]]
+        return events + [slot.take(chunk, column, state) for _, column, slot in at_work if not done[column]]
 
     @contextmanager
     def _on_devices(self) -> Iterator[None]:
@@ -228,11 +229,13 @@ class Engine:
         on_cpu = cpu_kernel.available(self._loaded.model.dtype)
         order = columns(at_work, self._batch, batch_shards(self._loaded.mesh), fewer=on_cpu)
         rows = take_rows(self._rows, order)
+        # Rows that are all greedy, however others were drawn before them, pay for no draws.
+        draws = Draws(greedy=True) if (rows.sampling.temperature == 0).all() else self._draws
         assert self._cache.arrays is not None
         self._cache.arrays, *results = decode_chunk(
             self._loaded.model,
-            self._draws,
-            STEPS_PER_CHUNK,
+            draws,
+            self._steps,
             self._logprobs,
             self._loaded.params,
             self._texts.tables().shared,
@@ -243,7 +246,7 @@ class Engine:
         slots = [(row, self._groups[row][0] if row in at_work else None) for row in order]
         return _InFlight(rows, slots, (*results,))
 
-    def _finish(self, row: int) -> Iterator[Finished]:
+    def _finish(self, row: int) -> Iterator[Progress | Finished]:
         """The results of a row's request, and who follows: the next that goes on with its beginning, or nobody."""
         slot, *others = self._groups[row]
         state = state_of(self._rows, row)
@@ -256,11 +259,16 @@ class Engine:
         for same in (other for other, at in forks if at is None):
             reached = ThinkingEnd(_one(same.start.params).max_thinking_end)
             yield Finished(same.request, under(result, reached), 0)
-        self._groups[row] = self._following(slot, forks)
-        if not self._groups[row]:
+        left = [(other, at) for other, at in forks if at is not None]
+        if not left:
             self._clear(row)
             return
-        start = self._groups[row][0].start
+        # The one with most in common first.
+        first, at = max(left, key=lambda item: item[1].step)
+        yield first.continue_from(slot, at, self._profile.ends_in_newline)
+        first.age = slot.age
+        self._groups[row] = [first, *(other for other, _ in left if other is not first)]
+        start = first.start
         put_rows(self._rows, [row], start)
         self._cache.shorten(row, int(start.state.length[0]))
 
@@ -288,7 +296,7 @@ class Engine:
                     f"prompt {slot.request.index}: may need {slot.limit} tokens, and a row has room for "
                     f"{self._cache.limit}: lower max_total_tokens or the budget, or raise cache.tokens or mesh.tensor"
                 )
-            tokens = min(len(slot.context_ids) + STEPS_PER_CHUNK, slot.limit)
+            tokens = min(len(slot.context_ids) + self._steps, slot.limit)
             if not self._cache.admits(row, tokens):
                 continue
             self._groups[row] = self._next_up.popleft()
@@ -333,7 +341,7 @@ class Engine:
         slot = self._groups[row][0]
         length = len(slot.context_ids) if row in self._beginning else int(self._rows.state.length[row])
         assert length <= slot.limit, "a row has outgrown its pages"
-        return min(length + STEPS_PER_CHUNK, slot.limit)
+        return min(length + self._steps, slot.limit)
 
     def _in_common(self, request: Request) -> Hashable:
         """What requests with the same draws that answer alike have in common."""
@@ -369,16 +377,6 @@ class Engine:
         before, after = (Rules(_one(slot.start.params), texts) for slot in (done, other))
         in_prompt = done.request.prompt.num_thinking_tokens
         return fork(before, after, done.attempts, len(done.output_ids), in_prompt)
-
-    def _following(self, done: Slot, forks: Sequence[tuple[Slot, Fork | None]]) -> list[Slot]:
-        """Those that part from the one whose keys and values are in the row, the one with most in common first."""
-        left = [(slot, at) for slot, at in forks if at is not None]
-        if not left:
-            return []
-        slot, at = max(left, key=lambda item: item[1].step)
-        slot.continue_from(done, at, self._profile.ends_in_newline)
-        slot.age = done.age
-        return [slot, *(other for other, _ in left if other is not slot)]
 
     def _nonfinite(self, slot: Slot, new_ids: list[int]) -> NonFiniteError:
         """What to raise of a row whose scores were not finite after these ids of a chunk."""

@@ -45,6 +45,14 @@ class Progress:
     request: Request
     output_ids: list[int]
     forced: list[bool]
+    logprobs: list[float]
+    """Of the ids; zeros unless the engine was asked for them."""
+    num_thinking_tokens: int
+    """Of all its output so far, these first ones are thinking."""
+    num_waits: int
+    """So far."""
+    thinking_end: str | None
+    """What ended the thinking, as in `Generation`; None while it goes on."""
 
 
 @dataclass(frozen=True)

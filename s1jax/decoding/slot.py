@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from s1jax.decoding.budget import RowState
+from s1jax.decoding.budget import RowState, ThinkingEnd
 from s1jax.decoding.forks import Fork
 from s1jax.decoding.loop import Chunk, Rows
 from s1jax.decoding.requests import Request
@@ -35,19 +35,31 @@ class Slot:
         """Prompt and output."""
         return (*self.request.prompt.prompt_ids, *self.output_ids)
 
-    def take(self, chunk: Chunk, column: int) -> Progress:
-        """Keep what a chunk wrote in this row."""
+    def take(self, chunk: Chunk, column: int, state: RowState) -> Progress:
+        """Keep what a chunk wrote in this row, after which its automaton stands so."""
         written = chunk.written[:, column]
         self.attempts += (len(self.output_ids) + np.flatnonzero(chunk.attempts[written, column])).tolist()
         new_ids = chunk.tokens[written, column].tolist()
         new_forced = chunk.forced[written, column].tolist()
+        new_logprobs = chunk.logprobs[written, column].tolist()
         self.output_ids += new_ids
         self.forced += new_forced
-        self.logprobs += chunk.logprobs[written, column].tolist()
-        return Progress(self.request, new_ids, new_forced)
+        self.logprobs += new_logprobs
+        return Progress(
+            self.request,
+            new_ids,
+            new_forced,
+            new_logprobs,
+            int(state.num_thinking_tokens[column]) - self.request.prompt.num_thinking_tokens,
+            int(state.num_waits[column]),
+            ThinkingEnd(int(state.thinking_end[column])).reported,
+        )
 
-    def continue_from(self, done: "Slot", at: Fork, ends_in_newline: np.ndarray) -> None:
-        """Begin at the step at which this request parts from another, whose keys and values are in the row's cache."""
+    def continue_from(self, done: "Slot", at: Fork, ends_in_newline: np.ndarray) -> Progress:
+        """Begin at the step at which this request parts from another, whose keys and values are in the row's cache.
+
+        Returns what it has in common with the other.
+        """
         self.num_shared_tokens = at.step
         self.output_ids, self.forced = done.output_ids[: at.step], done.forced[: at.step]
         self.logprobs = done.logprobs[: at.step]
@@ -61,6 +73,8 @@ class Slot:
             state.mask_end[0] = self.forced[-1]
             state.ends_in_newline[0] = ends_in_newline[self.output_ids[-1]]
             self.start.last_token[0] = self.output_ids[-1]
+        shared = self.output_ids.copy(), self.forced.copy(), self.logprobs.copy()
+        return Progress(self.request, *shared, at.step, at.num_waits, None)
 
 
 def columns(at_work: Sequence[int], batch: int, shards: int, *, fewer: bool) -> list[int]:
