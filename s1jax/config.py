@@ -163,13 +163,19 @@ class BudgetSection:
 
 
 @dataclass(frozen=True, config=STRICT)
-class SamplingSection:
-    """How tokens are drawn."""
+class SamplerSection:
+    """What tokens are drawn from."""
 
     temperature: NonNegative = Field(default=0.0, description="0 is greedy")
     top_p: Fraction = Field(default=1.0, description="keep the likeliest tokens that together have this probability")
     top_k: Positive | None = Field(default=None, description="keep so many of the likeliest tokens")
     min_p: Fraction = Field(default=0.0, description="keep tokens with this share of the likeliest one's probability")
+
+
+@dataclass(frozen=True, config=STRICT)
+class SamplingSection(SamplerSection):
+    """How tokens are drawn."""
+
     seed: WholeNumber = Field(default=0, description="of all draws; a row's depend on nothing else but its position")
     num_samples: Positive = Field(default=1, description="results for each prompt")
 
@@ -278,6 +284,60 @@ class EvaluateConfig:
     cache: CacheSection = Field(default=CacheSection(), description="keys and values of past tokens")
     mesh: DecodingMeshSection = Field(default=DecodingMeshSection(), description="device mesh")
     plan: EvaluatePlanSection = Field(default=EvaluatePlanSection(), description="planning")
+
+
+Limit = WholeNumber | Literal["auto"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class EffortsSection:
+    """The thinking tokens that a request's `reasoning_effort` stands for; auto: what the context leaves."""
+
+    none: Limit = Field(default=0, description="of reasoning_effort none")
+    minimal: Limit = Field(default=512, description="of minimal")
+    low: Limit = Field(default=2048, description="of low")
+    medium: Limit = Field(default=8192, description="of medium")
+    high: Limit = Field(default="auto", description="of high")
+    xhigh: Limit = Field(default="auto", description="of xhigh")
+
+
+@dataclass(frozen=True, config=STRICT)
+class ServerSection:
+    """Where a server listens, and what bounds it."""
+
+    host: str = Field(
+        default="127.0.0.1", description="address; another than loopback needs a key in the environment: S1JAX_API_KEY"
+    )
+    port: Annotated[int, Field(strict=True, ge=0, le=65535)] = Field(default=8000, description="0: any that is free")
+    name: str | None = Field(default=None, description="of the model in requests; null: the last part of model.path")
+    steps: Positive = Field(default=8, description="decode steps between two parts of a streamed answer")
+    max_waiting: Positive = Field(default=256, description="answers that may wait for a row; more are refused (429)")
+    max_samples: Positive = Field(default=16, description="answers of one request")
+    max_body_bytes: Positive = Field(default=4_194_304, description="of one request")
+    max_connections: Positive = Field(default=1024, description="at once; others are refused (503)")
+    receive_seconds: Annotated[float, Field(gt=0)] = Field(default=30.0, description="in which a request has to come")
+    request_seconds: Annotated[float, Field(gt=0)] = Field(default=3600.0, description="that a request may take")
+    drain_seconds: Annotated[float, Field(gt=0)] = Field(
+        default=60.0, description="that answers at work have to finish after SIGTERM"
+    )
+    log_prompts: bool = Field(default=False, description="write what is asked into the log too")
+
+
+@dataclass(frozen=True, config=STRICT)
+class ServeConfig:
+    """python decode.py serve: an OpenAI-style server, with thinking budgets in each request."""
+
+    model: ModelSection
+    server: ServerSection = Field(default=ServerSection(), description="server")
+    budget: BudgetSection = Field(default=BudgetSection(), description="thinking budget where a request has none")
+    efforts: EffortsSection = Field(default=EffortsSection(), description="thinking tokens of each reasoning_effort")
+    max_total_tokens: Positive | None = Field(
+        default=None, description="prompt and output together, of any request; null: the model's context"
+    )
+    sampling: SamplerSection = Field(default=SamplerSection(), description="sampling where a request says nothing")
+    batch_size: BatchSize = "auto"
+    cache: CacheSection = Field(default=CacheSection(), description="keys and values of past tokens")
+    mesh: DecodingMeshSection = Field(default=DecodingMeshSection(), description="device mesh")
 
 
 @dataclass(frozen=True, config=STRICT)

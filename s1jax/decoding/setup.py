@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from s1jax.config import EvaluateConfig, GenerateConfig, SamplingSection
+from s1jax.config import EvaluateConfig, GenerateConfig, SamplerSection, ServeConfig
 from s1jax.decoding.engine import Engine
 from s1jax.decoding.profiles import ProfileIds, load_profile, profile_of_model
 from s1jax.decoding.requests import Request, problem_of
@@ -33,7 +33,7 @@ class Setup(NamedTuple):
     sampling: Sampling
 
 
-def prepare(config: GenerateConfig | EvaluateConfig) -> Setup:
+def prepare(config: GenerateConfig | EvaluateConfig | ServeConfig) -> Setup:
     """Read tokenizer and configuration of the model.
 
     Raises ValueError, OSError or a subclass for a model, profile or sampling that cannot be used.
@@ -98,7 +98,7 @@ def _power_of_two(least: int) -> int:
     return 1 << max(0, least - 1).bit_length()
 
 
-def sampling_of(section: SamplingSection) -> Sampling:
+def sampling_of(section: SamplerSection) -> Sampling:
     """The sampler that a configuration asks for. Raises ValueError for one that cannot be."""
     return Sampling(section.temperature, section.top_k, section.top_p, section.min_p)
 

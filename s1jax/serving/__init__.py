@@ -1,0 +1,1 @@
+"""An OpenAI-style server in which thinking budgets hold."""
