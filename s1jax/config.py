@@ -19,6 +19,8 @@ Positive = Annotated[int, Field(strict=True, ge=1)]
 WholeNumber = Annotated[int, Field(strict=True, ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+Limit = WholeNumber | Literal["auto"]
+"""Of thinking tokens; auto: what the context leaves."""
 
 
 def _check_path(text: str) -> str:
@@ -153,7 +155,7 @@ class BudgetSection:
     """How long a row thinks and answers; a prompt's own values win."""
 
     profile: PathText = Field(default="s1", description="delimiters: s1, qwen3, deepseek-r1, none, or a YAML file")
-    max_thinking_tokens: WholeNumber | Literal["auto"] | None = Field(
+    max_thinking_tokens: Limit | None = Field(
         default="auto", description="thinking ends after so many; auto: what the context leaves; null: no bound"
     )
     min_thinking_tokens: WholeNumber = Field(default=0, description="an earlier end of thinking is drawn again")
@@ -242,7 +244,7 @@ SeparatedNumbers = BeforeValidator(_split_numbers)
 class SweepSection:
     """The runs of an evaluation, each over all questions."""
 
-    max_thinking_tokens: Annotated[tuple[WholeNumber | Literal["auto"], ...], SeparatedNumbers] = Field(
+    max_thinking_tokens: Annotated[tuple[Limit, ...], SeparatedNumbers] = Field(
         default=(), description="a run for each of these budgets; as 0,256,auto"
     )
     num_ignore: Annotated[tuple[WholeNumber, ...], SeparatedNumbers] = Field(
@@ -284,9 +286,6 @@ class EvaluateConfig:
     cache: CacheSection = Field(default=CacheSection(), description="keys and values of past tokens")
     mesh: DecodingMeshSection = Field(default=DecodingMeshSection(), description="device mesh")
     plan: EvaluatePlanSection = Field(default=EvaluatePlanSection(), description="planning")
-
-
-Limit = WholeNumber | Literal["auto"]
 
 
 @dataclass(frozen=True, config=STRICT)

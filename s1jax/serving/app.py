@@ -25,7 +25,7 @@ from s1jax.serving.budgets import FieldError
 from s1jax.serving.exchange import DecodingError, Exchange
 from s1jax.serving.metrics import Metrics
 from s1jax.serving.text import Piece
-from s1jax.serving.worker import ClosedError, QueueFullError, Worker
+from s1jax.serving.worker import QueueFullError, Worker
 from s1jax.strict_json import parse_json
 
 _RETRY_SECONDS = 5
@@ -48,7 +48,7 @@ class HttpError(Exception):
 
     def response(self) -> JSONResponse:
         """The answer."""
-        headers = {"retry-after": str(_RETRY_SECONDS)} if self.status in (429, 503) else {}
+        headers = {"retry-after": str(_RETRY_SECONDS)} if self.status == 429 else {}
         return JSONResponse(self.body(), self.status, headers)
 
 
@@ -151,8 +151,6 @@ class Service:
             exchange = Exchange(ask, answer, self._worker, self._metrics, self._log)
         except QueueFullError as error:
             raise HttpError(429, "queue_full", str(error)) from None
-        except ClosedError as error:
-            raise HttpError(503, "closed", str(error)) from None
         asked = f": {json.dumps(raw)}" if self._section.log_prompts else ""
         self._log(f"{answer.id} asked for {len(ask.requests)}{asked}")
         if body.stream:

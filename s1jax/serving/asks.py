@@ -32,9 +32,10 @@ class Reader:
         """Raises ValueError for a budget or a sampler that cannot be."""
         self._setup, self._max_samples = setup, config.server.max_samples
         self._efforts = asdict(config.efforts)
-        self._context = min(setup.context_length, config.max_total_tokens or setup.context_length)
+        self.longest = min(setup.context_length, config.max_total_tokens or setup.context_length)
+        """Tokens of prompt and output together, of any request."""
         self._cache_tokens = config.cache.tokens
-        self._budget = thinking_budget(config.budget, self._context)
+        self._budget = thinking_budget(config.budget, self.longest)
         self._sampling = sampling_of(config.sampling)
 
     def read(self, body: AnyBody, raw: dict[str, Any]) -> Ask:
@@ -94,7 +95,7 @@ class Reader:
         }
         most = body.max_completion_tokens or body.max_tokens
         if most is not None:
-            own["max_total_tokens"] = min(len(prompt.prompt_ids) + most, self._context)
+            own["max_total_tokens"] = min(len(prompt.prompt_ids) + most, self.longest)
             if "max_answer_tokens" not in own:
                 bounded = isinstance(own.get("max_thinking_tokens"), int) or not profile.profile.thinks
                 own["max_answer_tokens"] = None if bounded else self._kept_for_answer(most)

@@ -108,13 +108,10 @@ class CompletionBody(Body):
     """Only the tokens' own: 0 and 1 are the same as true."""
 
     @property
-    def given(self) -> list[str] | list[TokenIds]:
-        """The prompts to continue."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt  # type: ignore[return-value]
+    def given(self) -> list[Any]:
+        """The prompts to continue, each a text or ids."""
+        is_one = isinstance(self.prompt, str) or all(isinstance(part, int) for part in self.prompt)
+        return [self.prompt] if is_one else [*self.prompt]
 
     @property
     def wants_logprobs(self) -> bool:

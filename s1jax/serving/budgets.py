@@ -2,19 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Limit = int | Literal["auto"]
+from s1jax.config import Limit
 
 _MAXIMA = ("max_thinking_tokens", "thinking_token_budget", "thinking_budget", "thinking_budget_tokens")
 """Of this project; of vLLM and Dynamo; of Qwen; of llama.cpp."""
 _COUNTS = ("min_thinking_tokens", "num_ignore", "max_answer_tokens")
 _NESTED = ("extra_body", "chat_template_kwargs")
 """Objects of a request in which clients put what is no field of OpenAI's."""
-BUDGET_FIELDS = (
-    *(_MAXIMA + _COUNTS + _NESTED),
-    *("wait", "reasoning", "thinking", "reasoning_effort", "enable_thinking", "include_reasoning"),
-)
+_OTHERS = ("wait", "reasoning", "thinking", "reasoning_effort", "enable_thinking", "include_reasoning")
+BUDGET_FIELDS = _MAXIMA + _COUNTS + _OTHERS + _NESTED
 _LOOKS_LIKE_ONE = ("think", "reason", "budget", "effort", "ignore", "wait")
 
 
@@ -49,7 +47,7 @@ def asked_budget(body: Mapping[str, Any], efforts: Mapping[str, Limit]) -> Asked
     for place, key, value in _settings(body, efforts):
         before = found.setdefault(key, (place, value))
         if before[1] != value:
-            raise FieldError(place, f"contradicts {before[0]}: {_said(key, value)} and {_said(key, before[1])}")
+            raise FieldError(place, f"contradicts {before[0]}: {key}={value!r:.60} and {key}={before[1]!r:.60}")
     asked = AskedBudget(**{key: value for key, (_, value) in found.items()})
     if isinstance(asked.max_thinking_tokens, int) and (asked.min_thinking_tokens or 0) > asked.max_thinking_tokens:
         names = [found[key][0] for key in ("min_thinking_tokens", "max_thinking_tokens")]
@@ -62,9 +60,7 @@ def asked_budget(body: Mapping[str, Any], efforts: Mapping[str, Limit]) -> Asked
 def unknown_field(name: str) -> FieldError:
     """What to raise of a field that is not known."""
     if any(part in name.lower() for part in _LOOKS_LIKE_ONE):
-        known = ", ".join(
-            _MAXIMA + _COUNTS + tuple(key for key in BUDGET_FIELDS if key not in _MAXIMA + _COUNTS + _NESTED)
-        )
+        known = ", ".join(_MAXIMA + _COUNTS + _OTHERS)
         return FieldError(name, f"looks like a thinking budget, and is none of those that are known: {known}")
     return FieldError(name, "is not a field that this server knows")
 
@@ -100,13 +96,10 @@ def _settings_at(prefix: str, body: Mapping[str, Any], efforts: Mapping[str, Lim
         yield prefix + "wait", "wait", tuple(texts)
     if (effort := body.get("reasoning_effort")) is not None:
         yield prefix + "reasoning_effort", "max_thinking_tokens", _effort(prefix + "reasoning_effort", effort, efforts)
-    for name, means in (("enable_thinking", False), ("include_reasoning", None)):
-        if (flag := body.get(name)) is not None:
-            flag = _flag(prefix + name, flag)
-            if means is None:
-                yield prefix + name, "exclude", not flag
-            elif not flag:
-                yield prefix + name, "max_thinking_tokens", 0
+    if (enable := body.get("enable_thinking")) is not None and not _flag(prefix + "enable_thinking", enable):
+        yield prefix + "enable_thinking", "max_thinking_tokens", 0
+    if (include := body.get("include_reasoning")) is not None:
+        yield prefix + "include_reasoning", "exclude", not _flag(prefix + "include_reasoning", include)
     if (reasoning := _object(body, prefix, "reasoning")) is not None:
         yield from _reasoning(prefix + "reasoning", reasoning, efforts)
     if (thinking := _object(body, prefix, "thinking")) is not None:
@@ -173,7 +166,3 @@ def _effort(place: str, value: Any, efforts: Mapping[str, Limit]) -> Limit:
     if not isinstance(value, str) or value not in efforts:
         raise FieldError(place, f"expected one of {', '.join(efforts)}, found {value!r:.60}")
     return efforts[value]
-
-
-def _said(key: str, value: Any) -> str:
-    return f"{key}={value!r:.60}"

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 
+from s1jax.decoding.results import Finished
 from s1jax.serving.answers import Answer
 from s1jax.serving.asks import Ask
 from s1jax.serving.metrics import Metrics
@@ -19,7 +20,7 @@ class Exchange:
     """Submits a request to the worker when it is made; it is to be closed, however it ends."""
 
     def __init__(self, ask: Ask, answer: Answer, worker: Worker, metrics: Metrics, log: Callable[[str], None]):
-        """Raises QueueFullError or ClosedError. To be made in the event loop that it is read in."""
+        """Raises QueueFullError. To be made in the event loop that it is read in."""
         self._ask, self._answer, self._worker, self._metrics, self._log = ask, answer, worker, metrics, log
         self._started = time.perf_counter()
         self._numbers = {id(request): number for number, request in enumerate(ask.requests)}
@@ -54,7 +55,8 @@ class Exchange:
                 pieces = choice.take(event)
                 if choice.finish_reason:
                     self._left.discard(number)
-                    self._worker.cancel([choice.request])
+                    if not isinstance(event, Finished):
+                        self._worker.cancel([choice.request])
                 yield number, pieces
 
     def close(self) -> None:

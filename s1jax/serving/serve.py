@@ -61,14 +61,10 @@ def serve(config: ServeConfig) -> None:
             steps_per_chunk=section.steps,
         )
 
-    longest = min(
-        setup.context_length, config.max_total_tokens or setup.context_length, config.cache.tokens or sys.maxsize
-    )
     engine = build()
-    warm_up(engine, setup, longest)
+    warm_up(engine, setup, min(reader.longest, config.cache.tokens or reader.longest))
     metrics = Metrics()
-    ready = iter([engine])
-    worker = Worker(lambda: next(ready, None) or build(), rows, section.max_waiting, metrics.watch)
+    worker = Worker(engine, build, rows, section.max_waiting, metrics.watch)
     model = section.name or PurePath(config.model.path).name
     service = Service(section, model, setup, reader, worker, metrics, key, _log)
     server = uvicorn.Server(
@@ -85,7 +81,10 @@ def serve(config: ServeConfig) -> None:
     )
     host, port = listening.getsockname()[:2]
     _log(f"serving {model} at http://{f'[{host}]' if ':' in host else host}:{port}")
-    server.run(sockets=[listening])
+    try:
+        server.run(sockets=[listening])
+    finally:
+        worker.close()
 
 
 def warm_up(engine: Engine, setup: Setup, longest: int) -> None:

@@ -34,8 +34,10 @@ class _Text:
 
     def push(self, ids: Sequence[int], *, last: bool = False) -> str:
         self._held += ids
+        if not self._held:
+            return ""
         whole = decode(self._context + self._held, self._tokenizer)
-        if not self._held or (whole.endswith(_PART_OF_CHARACTER) and not last):
+        if whole.endswith(_PART_OF_CHARACTER) and not last:
             return ""
         new = whole[len(decode(self._context, self._tokenizer)) :]
         self._context, self._held = self._held, []

@@ -17,10 +17,6 @@ class QueueFullError(RuntimeError):
     """More requests wait than may."""
 
 
-class ClosedError(RuntimeError):
-    """No request is taken any more."""
-
-
 @dataclass(frozen=True)
 class Failed:
     """A request that cannot be decoded."""
@@ -41,18 +37,19 @@ class Worker:
     """
 
     def __init__(
-        self, build: Callable[[], Engine], rows: int, max_waiting: int, watch: Callable[[int, Occupancy], None]
+        self,
+        engine: Engine,
+        rebuild: Callable[[], Engine],
+        rows: int,
+        max_waiting: int,
+        watch: Callable[[int, Occupancy], None],
     ):
-        """`build` makes the engine, and another after an error that ends one; it is called in this worker's thread.
+        """`rebuild` makes another engine after an error that ends one; it is called in this worker's thread.
 
         `watch` is told, after each chunk, how many wait, and what the engine holds.
         """
-        self._build, self._given_at_once, self._max_waiting, self._watch = (
-            build,
-            rows + -(-rows // 4),
-            max_waiting,
-            watch,
-        )
+        self._engine, self._rebuild = engine, rebuild
+        self._given_at_once, self._max_waiting, self._watch = rows + -(-rows // 4), max_waiting, watch
         self._changed = threading.Condition()
         self._waiting: list[tuple[int, int, Request, Deliver]] = []
         self._numbers = itertools.count()
@@ -66,11 +63,9 @@ class Worker:
     def submit(self, requests: Sequence[Request], deliver: Deliver, priority: int = 0) -> None:
         """Have requests decoded, all or none; `deliver` is called, in the worker's thread, with what becomes of them.
 
-        Raises QueueFullError or ClosedError.
+        Raises QueueFullError.
         """
         with self._changed:
-            if self._closed:
-                raise ClosedError("the server is shutting down")
             if len(self._waiting) + len(requests) > self._max_waiting:
                 raise QueueFullError(f"{len(self._waiting)} answers wait, and {self._max_waiting} may")
             for request in requests:
@@ -94,14 +89,13 @@ class Worker:
         self._thread.join()
 
     def _run(self) -> None:
-        engine = self._build()
-        while self._take_turns(engine):
+        while self._take_turns():
             try:
-                events: list[Event] = [*engine.step()]
+                events: list[Event] = [*self._engine.step()]
             except Exception as error:
                 traceback.print_exc(file=sys.stderr)
                 events = [Failed(request, error) for request, _ in self._at_work.values()]
-                engine = self._build()
+                self._engine = self._rebuild()
             for event in events:
                 # What was cancelled meanwhile is nobody's any more.
                 _, deliver = self._at_work.get(id(event.request), (None, None))
@@ -109,9 +103,9 @@ class Worker:
                     self._at_work.pop(id(event.request), None)
                 if deliver:
                     deliver(event)
-            self._watch(len(self._waiting), engine.occupancy)
+            self._watch(len(self._waiting), self._engine.occupancy)
 
-    def _take_turns(self, engine: Engine) -> bool:
+    def _take_turns(self) -> bool:
         """Give the engine what is next, once there is something to do; False if it is to stop."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._waiting or self._cancelled or self._at_work)
@@ -120,11 +114,11 @@ class Worker:
             cancelled, self._cancelled = self._cancelled, []
             for request in cancelled:
                 if self._at_work.pop(id(request), None):
-                    engine.cancel(request)
+                    self._engine.cancel(request)
             while self._waiting and len(self._at_work) < self._given_at_once:
                 _, _, request, deliver = heapq.heappop(self._waiting)
                 try:
-                    engine.submit(request)
+                    self._engine.submit(request)
                 except ValueError as error:
                     deliver(Failed(request, error))
                     continue
