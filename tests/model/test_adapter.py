@@ -60,11 +60,12 @@ def read(base: Path, model: Qwen, adapter: Path | None = None, mesh_sizes: tuple
 def test_merged_equals_beside(config: dict[str, Any], targets: str, tmp_path: Path) -> None:
     model, params = with_adapters(config, TARGETS[targets])
     beside = logits(model, params)
+    rounding = 1e-5 * np.abs(beside).max()  # float32: the weights' sum is rounded instead of the products'
     base, adapter = saved(tmp_path, model, params)
     assert np.abs(beside - logits(replace(model, lora=None), read(base, model))).max() > 0.1
     export_model(tmp_path / "merged", model, params)
     for merged in (read(tmp_path / "merged", model), read(base, model, adapter), read(base, model, adapter, (1, 4, 2))):
-        np.testing.assert_allclose(logits(replace(model, lora=None), merged), beside, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(logits(replace(model, lora=None), merged), beside, rtol=0, atol=rounding)
 
 
 def test_unrolled_equals_scanned() -> None:
