@@ -4,7 +4,7 @@ import importlib
 import sys
 from typing import Any
 
-from s1jax.config import BenchmarkConfig, EvaluateConfig, GenerateConfig, ScoreConfig
+from s1jax.config import BenchmarkConfig, EvaluateConfig, GenerateConfig, QuantiseConfig, ScoreConfig
 from s1jax.config_reader import command_line
 from s1jax.device_memory import use_most_of_memory
 from s1jax.planning.hardware import use_compilers_only
@@ -14,6 +14,7 @@ MODES: dict[str, tuple[type[Any], str]] = {
     "evaluate": (EvaluateConfig, "s1jax.evaluation.evaluate"),
     "score": (ScoreConfig, "s1jax.decoding.score"),
     "benchmark": (BenchmarkConfig, "s1jax.decoding.benchmark"),
+    "quantise": (QuantiseConfig, "s1jax.decoding.quantise"),
 }
 """Of each mode, its configuration and the module whose function of the mode's name takes it."""
 PLANS = {"generate": "s1jax.planning.generation", "evaluate": "s1jax.planning.evaluation"}

@@ -151,7 +151,7 @@ def _measured(config: BenchmarkConfig) -> Row:
         "jax": jax.__version__,
         "dtype": config.model.dtype,
         "weights": "checkpoint" if has_weights else "random",
-        "quantisation": config.model.weights,
+        "quantisation": model.quantisation,
         "prompt_length": config.benchmark.prompt_length,
         "new_tokens": config.benchmark.new_tokens,
         "copy_bytes_per_second": copy,
