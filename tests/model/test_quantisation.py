@@ -1,5 +1,7 @@
 """Weights of integers: how they are made, their products, and models that are read with them."""
 
+import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,14 +22,14 @@ from s1jax.decoding import quantise as command
 from s1jax.mesh import make_mesh
 from s1jax.model.config import QwenConfig
 from s1jax.model.config_json import UnsupportedConfigError
-from s1jax.model.export import export_model
+from s1jax.model.export import export_model, export_quantised
 from s1jax.model.hf import load_params
 from s1jax.model.load import decoding_model
 from s1jax.model.lora import join
 from s1jax.model.projection import project
-from s1jax.model.quantisation import quantise
+from s1jax.model.quantisation import from_stored, quantise, stored_integers, to_stored
 from s1jax.model.qwen import Params, Qwen
-from s1jax.model.safetensors_files import CheckpointError
+from s1jax.model.safetensors_files import CheckpointError, read_header
 from s1jax.training.config import TrainConfig
 from s1jax.training.loop import training_model
 from tests.model.test_adapter import logits, saved, with_adapters
@@ -192,6 +194,63 @@ def test_what_is_written_once_is_read_as_what_is_made_while_reading(
             jax.tree.map(same_bits, expected, found)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_a_quantised_directory_are_whole_and_for_nobody_else(kind: Quantisation, tmp_path: Path) -> None:
+    beside, params = with_adapters(QWEN2)
+    base, adapter = saved(tmp_path, beside, params)
+    model = replace(beside, lora=None, quantisation=kind)
+    stored = tmp_path / "quantised"
+    export_quantised(stored, base, kind, adapter=adapter, max_file_bytes=20_000)
+    files = sorted(stored.glob("model-*.safetensors"))
+    index = json.loads((stored / "model.safetensors.index.json").read_text())
+    assert len(files) > 3
+    assert index["metadata"]["total_size"] == sum(t.nbytes for file in files for t in load_file(file).values())
+    again = replace(model, config=QwenConfig.from_directory(stored))
+    jax.tree.map(same_bits, read(base, model, adapter=adapter), read(stored, again))
+    with pytest.raises(CheckpointError, match="already exists"):
+        export_quantised(stored, base, kind)
+    if sys.version_info < (3, 12):
+        from transformers import AutoModelForCausalLM
+
+        with pytest.raises(RuntimeError, match="mismatched"):
+            AutoModelForCausalLM.from_pretrained(stored)
+    files[1].rename(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match=f"{files[1].name}: no such file"):
+        read(stored, again)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_directory_is_the_base_of_adapters_and_is_exported_widened(
+    kind: Quantisation, tmp_path: Path
+) -> None:
+    beside, params = with_adapters(QWEN2)
+    base, _ = saved(tmp_path, beside, params)
+    stored = quantised(base, tmp_path / "quantised", kind)
+    with_base = replace(beside, quantisation=kind)
+    again = replace(with_base, config=QwenConfig.from_directory(stored))
+    frozen = read(stored, again)
+    jax.tree.map(same_bits, read(base, with_base), frozen)
+    trained = join(frozen, beside.split(params)[0])
+    export_model(tmp_path / "merged", again, trained, source=stored, dtype=jnp.float32)
+    merged = Qwen(QwenConfig.from_directory(tmp_path / "merged"), dtype=jnp.float32)
+    assert merged.config == beside.config
+    np.testing.assert_allclose(
+        logits(merged, read(tmp_path / "merged", merged)), logits(again, trained), rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("inputs", [1, 2, 7, 128])
+def test_two_integers_of_four_bits_share_a_byte(inputs: int, tmp_path: Path) -> None:
+    integers = np.random.default_rng(0).integers(-7, 8, (5, inputs)).astype(jnp.int4)
+    save_file({"x": to_stored(integers)}, tmp_path / "x.safetensors")
+    stored = read_header(tmp_path / "x.safetensors")["x"]
+    assert (stored.shape, stored.dtype) == (stored_integers("int4", integers.shape).shape, "U8")
+    assert stored.row_bytes == -(-inputs // 2)
+    found = from_stored(stored, "int4", integers.shape)
+    for start, stop in ((0, 5), (2, 4)):
+        assert found.read_rows(start, stop).tobytes() == integers[start:stop].tobytes()
+
+
 def same_bits(one: jax.Array, other: jax.Array) -> None:
     assert one.dtype == other.dtype
     assert one.sharding == other.sharding
@@ -203,13 +262,18 @@ def test_what_needs_the_original_weights_is_refused(tmp_path: Path) -> None:
     config = QwenConfig.from_directory(directory)
     with pytest.raises(ConfigError, match=r"^model\.weights: the model's weights are int8 already"):
         decoding_model(ModelSection(str(directory), weights="int4"), config)
+    with pytest.raises(ConfigError, match=r"^model\.adapter: the model's weights are int8 already"):
+        decoding_model(ModelSection(str(directory), adapter="x"), config)
     with pytest.raises(ConfigError, match=r"^model\.weights: "):
         quantised(directory, tmp_path / "int4", "int4")
     assert not (tmp_path / "int4").exists()
+    words = [f"model.path={directory}", "data.path=x", "training.output_dir=y"]
     with pytest.raises(ConfigError, match="of which only adapters can be trained"):
-        training_model(
-            load_config(TrainConfig, [f"model.path={directory}", "data.path=x", "training.output_dir=y"]), config
-        )
+        training_model(load_config(TrainConfig, words), config)
+    words += ["model.lora.rank=4"]
+    assert training_model(load_config(TrainConfig, words), config).quantisation == "int8"
+    with pytest.raises(ConfigError, match=r"^model\.base_dtype: the model's weights are int8 already"):
+        training_model(load_config(TrainConfig, [*words, "model.base_dtype=bfloat16"]), config)
     for method in ("gptq", "awq", "bitsandbytes", "fp8"):
         with pytest.raises(UnsupportedConfigError, match=f"found quant_method '{method}'"):
             QwenConfig.from_hf({**QWEN2, "quantization_config": {"quant_method": method, "bits": 4}})

@@ -65,7 +65,7 @@ def test_killed_and_on_another_mesh_the_adapter_is_the_same(command: Command, tr
 
 @pytest.mark.slow
 def test_two_processes_train_the_adapters_that_one_does(command: Command, tmp_path: Path) -> None:
-    words = (*LORA, "training.max_steps=3", "checkpoint.every_steps=null")
+    words = (*LORA, "training.num_epochs=1", "checkpoint.every_steps=null")
     meeting = (f"mesh.coordinator=127.0.0.1:{free_port()}", "mesh.num_processes=2")
     processes = [
         start(command(tmp_path / "two", *words, *meeting, f"mesh.process_id={i}"), devices=1) for i in range(2)
