@@ -4,7 +4,7 @@ import importlib
 import sys
 from typing import Any
 
-from s1jax.config import BenchmarkConfig, EvaluateConfig, GenerateConfig, ScoreConfig, ServeConfig
+from s1jax.config import BenchmarkConfig, EvaluateConfig, GenerateConfig, QuantiseConfig, ScoreConfig, ServeConfig
 from s1jax.config_reader import command_line
 from s1jax.device_memory import use_most_of_memory
 from s1jax.planning.hardware import use_compilers_only
@@ -15,6 +15,7 @@ MODES: dict[str, tuple[type[Any], str]] = {
     "score": (ScoreConfig, "s1jax.decoding.score"),
     "benchmark": (BenchmarkConfig, "s1jax.decoding.benchmark"),
     "serve": (ServeConfig, "s1jax.serving.serve"),
+    "quantise": (QuantiseConfig, "s1jax.decoding.quantise"),
 }
 """Of each mode, its configuration and the module whose function of the mode's name takes it."""
 PLANS = {"generate": "s1jax.planning.generation", "evaluate": "s1jax.planning.evaluation"}

@@ -49,13 +49,16 @@ class ComputationSection:
     attention: Implementation = Field(default="auto", description="attention implementation")
 
 
+Adapter = Annotated[
+    PathText | None, Field(description="directory or hub id of an adapter in PEFT's format, merged into the model")
+]
+
+
 @dataclass(frozen=True, config=STRICT)
 class ModelSection(ComputationSection):
     """The model to decode with."""
 
-    adapter: PathText | None = Field(
-        default=None, description="directory or hub id of an adapter in PEFT's format, merged into the model"
-    )
+    adapter: Adapter = None
     weights: Quantisation | None = Field(
         default=None, description="what the projections' weights are made into while they are read; null: as they are"
     )
@@ -148,6 +151,23 @@ class ScoreConfig:
         default=None, description="longest row allowed, in tokens; null: the model's context"
     )
     mesh: DecodingMeshSection = Field(default=DecodingMeshSection(), description="device mesh")
+
+
+@dataclass(frozen=True, config=STRICT)
+class QuantisedModelSection:
+    """The model to quantise."""
+
+    path: PathText = Field(description="model directory, or hub id (owner/name)")
+    weights: Quantisation = Field(description="what the projections' weights are made into")
+    adapter: Adapter = None
+
+
+@dataclass(frozen=True, config=STRICT)
+class QuantiseConfig:
+    """python decode.py quantise: a directory of the model with weights of few bits, to be read as model.path."""
+
+    model: QuantisedModelSection
+    output: PathText = Field(description="directory to write")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from s1jax.config import BenchmarkConfig, EvaluateConfig, GenerateConfig, ScoreConfig
+from s1jax.config import BenchmarkConfig, EvaluateConfig, GenerateConfig, QuantiseConfig, ScoreConfig
 from s1jax.config_reader import ConfigError, config_help, config_keys, load_config
 from s1jax.curation.config import CurateConfig
 from s1jax.paths import BucketPath
@@ -110,6 +110,7 @@ PATHS = {
     GenerateConfig: ["model.path", "prompts", "output", "budget.profile", "plan.output"],
     EvaluateConfig: ["model.path", "tasks", "output_dir", "budget.profile"],
     BenchmarkConfig: ["model.path", "benchmark.output"],
+    QuantiseConfig: ["model.path", "model.adapter", "output"],
     TrainConfig: ["model.path", "data.path", "data.eval_path", "training.output_dir", "plan.output"],
     CurateConfig: [
         *["output_dir", "sources.x.path", "evaluation_sets.x.path", "students.x.path", "select.benchmarks.x.path"],

@@ -125,6 +125,10 @@ def _sums(reports: list[Row], key: str, rates: tuple[str, ...]) -> list[Row]:
 def _measured(config: BenchmarkConfig) -> Row:
     directory = resolve_model(config.model.path)
     has_weights = any(file.suffix == ".safetensors" for file in directory.iterdir())
+    if config.model.adapter and not has_weights:
+        raise ConfigError(
+            f"model.adapter: {directory} has no weights that it could be merged into, random ones are taken"
+        )
     as_computed = replace(config.model, param_dtype=config.model.param_dtype or config.model.dtype)
     model, mesh = inference_model(config.model if has_weights else as_computed, config.mesh, directory)
     with jax.set_mesh(mesh):
@@ -147,7 +151,7 @@ def _measured(config: BenchmarkConfig) -> Row:
         "jax": jax.__version__,
         "dtype": config.model.dtype,
         "weights": "checkpoint" if has_weights else "random",
-        "quantisation": config.model.weights,
+        "quantisation": model.quantisation,
         "prompt_length": config.benchmark.prompt_length,
         "new_tokens": config.benchmark.new_tokens,
         "copy_bytes_per_second": copy,

@@ -19,7 +19,7 @@ from s1jax.mesh import constrain, divisible_rows
 from s1jax.model.config import QwenConfig
 from s1jax.model.fingerprint import model_fingerprint
 from s1jax.model.hf_files import resolve_model
-from s1jax.model.load import LoadedModel, load_model
+from s1jax.model.load import LoadedModel, decoding_model, load_model
 from s1jax.model.qwen import Params, Qwen
 from s1jax.model.token_logprobs import token_logprobs
 from s1jax.paths import AnyPath, any_path
@@ -98,7 +98,7 @@ def score(config: ScoreConfig) -> None:
 
 def _rows(config: ScoreConfig) -> list[ScoredRow]:
     directory = resolve_model(config.model.path)
-    architecture = QwenConfig.from_directory(directory)
+    architecture = decoding_model(config.model, QwenConfig.from_directory(directory)).config
     limit = config.max_length or architecture.max_position_embeddings
     return read_rows(any_path(config.input), load_tokenizer(directory), architecture.vocab_size, limit)
 

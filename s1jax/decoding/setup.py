@@ -17,7 +17,7 @@ from s1jax.mesh import batch_shards, divisible_rows
 from s1jax.model.config import QwenConfig
 from s1jax.model.hf import check_sizes
 from s1jax.model.hf_files import resolve_model
-from s1jax.model.load import load_model
+from s1jax.model.load import decoding_model, load_model
 from s1jax.tokenizer import load_tokenizer
 
 _ROWS_PER_SHARD = {"cpu": 8}
@@ -40,7 +40,8 @@ def prepare(config: GenerateConfig | EvaluateConfig | ServeConfig) -> Setup:
     """
     directory = resolve_model(config.model.path)
     tokenizer = load_tokenizer(directory)
-    model_config = QwenConfig.from_directory(directory)
+    # Refuses what the section asks of a model that cannot do it.
+    model_config = decoding_model(config.model, QwenConfig.from_directory(directory)).config
     check_sizes(directory, model_config)
     delimiters = load_profile(config.budget.profile)
     profile = profile_of_model(delimiters, tokenizer, directory, model_config.vocab_size)

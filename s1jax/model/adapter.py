@@ -16,7 +16,7 @@ from s1jax.config import LoraTarget
 from s1jax.model.hf_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from s1jax.model.hf_names import TensorLayout
 from s1jax.model.lora import Lora
-from s1jax.model.safetensors_files import DTYPES, CheckpointError, StoredTensor, read_header
+from s1jax.model.safetensors_files import FLOATS, CheckpointError, StoredTensor, read_header
 from s1jax.paths import AnyPath
 from s1jax.strict_json import parse_json
 
@@ -85,7 +85,7 @@ def read_adapter(directory: AnyPath, checkpoint: Mapping[str, StoredTensor]) -> 
         match = _NAME.fullmatch(name)
         if match is None or match[1].rpartition(".")[2] not in get_args(LoraTarget):
             problems.append(f"unexpected tensor {name:.200}")
-        elif tensor.dtype not in DTYPES or len(tensor.shape) != 2 or 0 in tensor.shape:
+        elif tensor.dtype not in FLOATS or len(tensor.shape) != 2 or 0 in tensor.shape:
             problems.append(f"{name:.200} is {tensor.dtype:.40} of shape {list(tensor.shape)}")
         else:
             halves.setdefault(f"{match[1]}.weight", {})[match[2]] = tensor

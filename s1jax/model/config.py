@@ -6,8 +6,9 @@ Everything this project does not compute exactly is refused here, by name, befor
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
+from s1jax.config import Quantisation
 from s1jax.model.config_json import Fields, UnsupportedConfigError, read_config_json, shown
 from s1jax.paths import AnyPath
 
@@ -43,6 +44,8 @@ class QwenConfig:
     rope_theta: float = 10_000.0
     rope_scaling: YarnScaling | None = None
     tie_word_embeddings: bool = False
+    quantisation: Quantisation | None = None
+    """What the checkpoint stores the projections' weights as, if not as numbers of floating point."""
 
     @property
     def attention_bias(self) -> bool:
@@ -76,6 +79,7 @@ class QwenConfig:
         rope_theta, rope_scaling = _rope(hf, sizes["max_position_embeddings"], problems)
         _check_layers(hf, fields, layers, problems)
         problems += _unsupported(hf, model_type)
+        quantisation = _quantisation(hf, problems)
         if not problems and (heads % kv_heads or head_dim % 2 or not head_dim):
             problems.append(
                 f"num_attention_heads {heads} over num_key_value_heads {kv_heads}, with head_dim {head_dim} "
@@ -93,6 +97,7 @@ class QwenConfig:
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             tie_word_embeddings=tie_word_embeddings,
+            quantisation=quantisation,
             **sizes,
         )
 
@@ -121,9 +126,15 @@ class QwenConfig:
         if self.rope_scaling:
             values = {key: value for key, value in vars(self.rope_scaling).items() if value is not None}
             hf["rope_scaling"] = {"rope_type": "yarn", **values}
+        if self.quantisation:
+            hf["quantization_config"] = QUANTISED[self.quantisation]
         return hf
 
 
+QUANTISED: dict[Quantisation, dict[str, str]] = {
+    kind: {"quant_method": "s1jax", "weights": kind} for kind in get_args(Quantisation)
+}
+"""The quantization_config of checkpoints that `decode.py quantise` writes."""
 _ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _SIZES = (
     "vocab_size",
@@ -141,7 +152,6 @@ _UNSUPPORTED: tuple[tuple[tuple[str, ...], tuple[Any, ...], str], ...] = (
     (("is_causal",), (True,), "{key} {value} is not supported; expected true"),
     (("is_encoder_decoder",), (False,), "{key} {value} is not supported; expected false"),
     (("num_experts", "num_local_experts"), (None, 0), "{key} = {value}: mixtures of experts are not supported"),
-    (("quantization_config",), (None,), "{key}: quantised weights are not supported"),
     (("per_layer_config", "kv_sharing_modes"), (None,), "{key}: layers that differ are not supported"),
     (("text_config", "text_encoder", "decoder", "generator"), (None,), "{key}: models in models are not supported"),
     (("configuration_files", "transformers_weights"), (None,), "{key}: no other files are read in place of the usual"),
@@ -175,6 +185,18 @@ def _unsupported(hf: Mapping[str, Any], model_type: str) -> list[str]:
     if model_type == "qwen3" and hf.get("attention_bias", False) is not False:
         problems.append("attention_bias: a Qwen3 with attention biases is not supported")
     return problems
+
+
+def _quantisation(hf: Mapping[str, Any], problems: list[str]) -> Quantisation | None:
+    found = hf.get("quantization_config")
+    ours = next((kind for kind, entry in QUANTISED.items() if entry == found), None)
+    if found is not None and ours is None:
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        problems.append(
+            f"quantization_config: only weights quantised by decode.py quantise are supported, found quant_method "
+            f"{shown(method)}; model.weights quantises the original"
+        )
+    return ours
 
 
 def _check_layers(hf: Mapping[str, Any], fields: Fields, num_hidden_layers: int, problems: list[str]) -> None:

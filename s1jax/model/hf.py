@@ -22,9 +22,9 @@ from s1jax.model.adapter import MergedTensor, read_adapter
 from s1jax.model.config import QwenConfig
 from s1jax.model.hf_files import find_tensors
 from s1jax.model.hf_names import Index, TensorLayout, is_projection, scale_name, tensor_layouts
-from s1jax.model.quantisation import QuantisedTensor, Quantiser
+from s1jax.model.quantisation import PackedTensor, QuantisedTensor, Quantiser, from_stored, stored_integers
 from s1jax.model.qwen import Params, Qwen
-from s1jax.model.safetensors_files import DTYPES, CheckpointError, StoredTensor
+from s1jax.model.safetensors_files import DTYPES, FLOATS, CheckpointError, StoredTensor
 from s1jax.paths import AnyPath, BucketPath
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -49,7 +49,8 @@ class _Piece(NamedTuple):
     out: np.ndarray
 
 
-_Tensor = StoredTensor | MergedTensor | QuantisedTensor
+Tensor = StoredTensor | MergedTensor | QuantisedTensor | PackedTensor
+"""What a parameter is read from."""
 _Run = Callable[[Iterable[Callable[[], None]]], None]
 
 
@@ -72,6 +73,31 @@ def _compare_sizes(directory: AnyPath, config: QwenConfig, found: dict[str, Stor
         raise CheckpointError(directory, [problem])
 
 
+def checkpoint_tensors(directory: AnyPath, model: Qwen, adapter: AnyPath | None = None) -> dict[str, Tensor]:
+    """Everything that the parameters of a model are read from, by name; only headers are read for it.
+
+    The adapter in another directory is merged; then projections are quantised, if the model's are and the checkpoint's
+    are not.
+    Raises CheckpointError with all that is wrong with a directory.
+    """
+    already, kind = model.config.quantisation, model.quantisation
+    found = _check(directory, model)
+    if already:
+        assert already == kind
+        assert adapter is None
+        shapes = expected_shapes(model, tensor_layouts(model.config))
+        integers = {name: from_stored(found[name], already, shapes[name]) for name in shapes if is_projection(name)}
+        return {**found, **integers}
+    whole: dict[str, StoredTensor | MergedTensor] = {**found, **(read_adapter(adapter, found) if adapter else {})}
+    tensors: dict[str, Tensor] = {**whole}
+    if kind:
+        for name in filter(is_projection, whole):
+            made = Quantiser(whole[name], kind)
+            tensors[name] = QuantisedTensor(made, of_scales=False)
+            tensors[scale_name(name)] = QuantisedTensor(made, of_scales=True)
+    return tensors
+
+
 def load_params(
     directory: AnyPath, model: Qwen, mesh: Mesh, *, stacked: bool = True, adapter: AnyPath | None = None
 ) -> Params:
@@ -80,19 +106,12 @@ def load_params(
     The adapter in another directory is merged into them; a model's own adapters are not among them.
     Raises CheckpointError with all that is wrong with a directory, MeshError if the model does not fit the mesh.
     """
-    found = _check(directory, model)
-    whole: dict[str, StoredTensor | MergedTensor] = {**found, **(read_adapter(adapter, found) if adapter else {})}
-    stored: dict[str, _Tensor] = {**whole}
-    if kind := model.quantisation:
-        for name in filter(is_projection, whole):
-            made = Quantiser(whole[name], kind)
-            stored[name] = QuantisedTensor(made, of_scales=False)
-            stored[scale_name(name)] = QuantisedTensor(made, of_scales=True)
+    tensors = checkpoint_tensors(directory, model, adapter)
     abstract = model.abstract_params(mesh, stacked=stacked)
     layouts = tensor_layouts(model.config, stacked=stacked, scales=model.quantisation is not None)
     params: Params = {}
     with ThreadPoolExecutor(_READERS) as readers, _reading(directory) as run:
-        arrays = readers.map(lambda layout: _read(layout, get_at(abstract, layout.path), stored, run), layouts)
+        arrays = readers.map(lambda layout: _read(layout, get_at(abstract, layout.path), tensors, run), layouts)
         for layout, array in zip(layouts, arrays, strict=True):
             _set(params, layout.path, array)
     _check_finite(directory, model, layouts, params, mesh)
@@ -150,7 +169,7 @@ def _reading(directory: AnyPath) -> Iterator[_Run]:
         yield at_once
 
 
-def _read(layout: TensorLayout, leaf: jax.ShapeDtypeStruct, tensors: dict[str, _Tensor], run: _Run) -> jax.Array:
+def _read(layout: TensorLayout, leaf: jax.ShapeDtypeStruct, tensors: dict[str, Tensor], run: _Run) -> jax.Array:
     indices = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
     parts = {
         spans: _aligned([stop - start for start, stop in spans], leaf.dtype)
@@ -165,7 +184,7 @@ def _spans(index: Index | None, shape: tuple[int, ...]) -> _Spans:
 
 
 def _readings(
-    layout: TensorLayout, shape: tuple[int, ...], tensors: dict[str, _Tensor], parts: dict[_Spans, np.ndarray]
+    layout: TensorLayout, shape: tuple[int, ...], tensors: dict[str, Tensor], parts: dict[_Spans, np.ndarray]
 ) -> Iterator[Callable[[], None]]:
     """Readings that together fill these parts of a parameter, each of one block of rows for all that need them."""
     layer_shape = shape[1:] if layout.per_layer else shape
@@ -183,7 +202,7 @@ def _readings(
 
 
 def _read_block(
-    layout: TensorLayout, shape: tuple[int, ...], tensor: _Tensor, pieces: list[_Piece], start: int, stop: int
+    layout: TensorLayout, shape: tuple[int, ...], tensor: Tensor, pieces: list[_Piece], start: int, stop: int
 ) -> None:
     """Read the tensor's rows from `start` up to `stop`, counted in our dimension, and put each piece where it goes."""
     dimension = layout.groups[0][0]
@@ -242,7 +261,8 @@ def _check(directory: AnyPath, model: Qwen) -> dict[str, StoredTensor]:
     problems: list[str] = []
     found = find_tensors(directory)
     _compare_sizes(directory, model.config, found)
-    wanted = expected_shapes(model, tensor_layouts(model.config))
+    kind = model.config.quantisation
+    wanted = expected_shapes(model, tensor_layouts(model.config, scales=kind is not None))
     ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
     if model.config.tie_word_embeddings:
         ignored.add(_HEAD)  # Some tied checkpoints carry the copy.
@@ -251,11 +271,14 @@ def _check(directory: AnyPath, model: Qwen) -> dict[str, StoredTensor]:
     for name, shape in wanted.items():
         if name not in found:
             continue
-        stored = found[name]
+        stored, dtypes = found[name], FLOATS
+        if kind and is_projection(name):
+            integers = stored_integers(kind, shape)
+            shape, dtypes = integers.shape, {n: dtype for n, dtype in DTYPES.items() if dtype == integers.dtype}
         if stored.shape != shape:
             problems.append(f"{name} has shape {list(stored.shape)}, config.json implies {list(shape)}")
-        if stored.dtype not in DTYPES:
-            problems.append(f"{name} is stored as {stored.dtype:.40}; expected one of {', '.join(sorted(DTYPES))}")
+        if stored.dtype not in dtypes:
+            problems.append(f"{name} is stored as {stored.dtype:.40}; expected one of {', '.join(sorted(dtypes))}")
     if not problems and _HEAD in found and _HEAD in ignored and not _same(found[_HEAD], found[_EMBEDDING]):
         problems.append(
             f"{_HEAD} differs from {_EMBEDDING}, though config.json has tie_word_embeddings true: "
@@ -268,7 +291,7 @@ def _check(directory: AnyPath, model: Qwen) -> dict[str, StoredTensor]:
 
 def _same(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two tensors hold the same numbers, read block by block up to the first that differ."""
-    if one.shape != other.shape or one.dtype not in DTYPES:
+    if one.shape != other.shape or one.dtype not in FLOATS:
         return False
     step = max(1, _BLOCK_BYTES // max(one.row_bytes, other.row_bytes))
     spans = [(start, min(start + step, one.shape[0])) for start in range(0, one.shape[0], step)]

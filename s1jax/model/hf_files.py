@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
+from s1jax.model.hf_names import is_quantised
 from s1jax.model.safetensors_files import CheckpointError, StoredTensor, read_header
 from s1jax.paths import AnyPath, BucketPath, any_path
 from s1jax.strict_json import parse_json
@@ -48,9 +49,12 @@ def _resolve(path: str, patterns: list[str]) -> AnyPath:
     raise FileNotFoundError(f"{path}: no such directory (a hub id is written owner/name)")
 
 
-def stored_dtypes(directory: AnyPath) -> set[str]:
-    """The dtypes of a checkpoint's tensors, as safetensors calls them. Raises CheckpointError if it cannot be read."""
-    return {tensor.dtype for tensor in find_tensors(directory).values()}
+def stored_dtypes(directory: AnyPath, *, quantised: bool = False) -> set[str]:
+    """The dtypes of a checkpoint's tensors, as safetensors calls them; `quantised`: of those that stay as they are.
+
+    Raises CheckpointError if it cannot be read.
+    """
+    return {tensor.dtype for name, tensor in find_tensors(directory).items() if not (quantised and is_quantised(name))}
 
 
 def find_tensors(directory: AnyPath) -> dict[str, StoredTensor]:

@@ -79,6 +79,11 @@ def scale_name(name: str) -> str:
     return f"{name}_scale"
 
 
+def is_quantised(name: str) -> bool:
+    """Whether a stored tensor is what becomes of a projection's weight: integers, or their scales."""
+    return is_projection(name.removesuffix(scale_name("")))
+
+
 def tensor_layouts(config: QwenConfig, *, stacked: bool = True, scales: bool = False) -> list[TensorLayout]:
     """Every parameter of the architecture, in the order in which checkpoints store them; unstacked, every tensor.
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from s1jax.config import ComputationSection, DecodingMeshSection, ModelSection, Remat
+from s1jax.config_reader import ConfigError
 from s1jax.mesh import make_mesh
 from s1jax.model import cpu_kernel
 from s1jax.model.config import QwenConfig
@@ -46,12 +47,27 @@ def build_model(section: ComputationSection, config: QwenConfig, *, param_dtype:
         param_dtype=jnp.dtype(section.param_dtype or param_dtype),
         remat=remat,
         attention=section.attention,
+        quantisation=config.quantisation,
     )
 
 
+def needs_original(key: str, value: object, config: QwenConfig) -> None:
+    """Raise ConfigError if a key has a value that goes with weights as they were before they were quantised."""
+    if value and config.quantisation:
+        raise ConfigError(
+            f"{key}: the model's weights are {config.quantisation} already; it goes with those that they were made of"
+        )
+
+
 def decoding_model(section: ModelSection, config: QwenConfig) -> Qwen:
-    """The model as it decodes: parameters are kept in the dtype of the computation, unless the section says else."""
-    return replace(build_model(section, config, param_dtype=section.dtype), quantisation=section.weights)
+    """The model as it decodes: parameters are kept in the dtype of the computation, unless the section says else.
+
+    Raises ConfigError for what cannot be made of weights that are quantised already.
+    """
+    needs_original("model.weights", section.weights, config)
+    needs_original("model.adapter", section.adapter, config)
+    model = build_model(section, config, param_dtype=section.dtype)
+    return replace(model, quantisation=section.weights or config.quantisation)
 
 
 def inference_model(section: ModelSection, mesh_section: DecodingMeshSection, directory: AnyPath) -> tuple[Qwen, Mesh]:
@@ -69,7 +85,7 @@ def inference_model(section: ModelSection, mesh_section: DecodingMeshSection, di
         print(described(mesh_section, model, MeshSizes(**mesh.shape)), file=sys.stderr)
     with jax.set_mesh(mesh):
         widened = section.dtype == "float32" and section.param_dtype is None and cpu_kernel.available(jnp.bfloat16)
-        if widened and stored_dtypes(directory) == {"BF16"}:
+        if widened and stored_dtypes(directory, quantised=model.quantisation is not None) == {"BF16"}:
             model = replace(model, param_dtype=jnp.dtype("bfloat16"))
     return checked(model, gradients=False), mesh
 

@@ -1,11 +1,14 @@
 """Weights of few bits: symmetric integers, and what those of an output, or of a group of its inputs, are multiplied by.
 
 int8 has one scale for an output, int4 one for each group of 128 of its inputs. They are widened inside the products.
+They are made while a checkpoint is read, or are what it stores: two int4 share a byte, the first has its lower half. A
+stored row is (1, bytes): programs that know nothing of scales then refuse the weight, for its third dimension.
 """
 
 import math
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -79,6 +82,64 @@ class QuantisedTensor:
         """Of one output, while it is made."""
         return 4 * self.made.tensor.shape[1]
 
+    @property
+    def stored(self) -> jax.ShapeDtypeStruct:
+        """How a checkpoint stores it."""
+        if self.of_scales:
+            return jax.ShapeDtypeStruct(self.shape, np.float32)
+        return stored_integers(self.made.quantisation, self.shape)
+
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Rows from `start` up to `stop`, as `StoredTensor.read_rows`."""
         return (self.made.scales if self.of_scales else self.made.integers)(start, stop)
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """Integers of four bits that a checkpoint stores; read like a `StoredTensor`, each in a byte."""
+
+    stored: StoredTensor
+    inputs: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(outputs, inputs)."""
+        return self.stored.shape[0], self.inputs
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one output, once it is read."""
+        return self.inputs
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows from `start` up to `stop`, as `StoredTensor.read_rows`."""
+        pairs = self.stored.read_rows(start, stop)[:, 0]
+        whole = np.stack((pairs & 15, pairs >> 4), axis=-1).reshape(len(pairs), -1)
+        return np.ascontiguousarray(whole[:, : self.inputs]).view(jnp.int4)
+
+
+def stored_integers(quantisation: Quantisation, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """How a checkpoint stores integers of the shape (outputs, inputs)."""
+    outputs, inputs = shape
+    if quantisation == "int8":
+        return jax.ShapeDtypeStruct((outputs, 1, inputs), np.int8)
+    return jax.ShapeDtypeStruct((outputs, 1, (inputs + 1) // 2), np.uint8)
+
+
+def to_stored(rows: np.ndarray) -> np.ndarray:
+    """Rows of integers as a checkpoint stores them; others as they are."""
+    if rows.dtype == np.int8:
+        return rows[:, None]
+    if rows.dtype != jnp.int4:
+        return rows
+    halves = rows.view(np.uint8) & 15
+    pairs = halves[:, ::2].copy()
+    pairs[:, : halves.shape[1] // 2] |= halves[:, 1::2] << 4
+    return pairs[:, None]
+
+
+def from_stored(
+    stored: StoredTensor, quantisation: Quantisation, shape: tuple[int, ...]
+) -> StoredTensor | PackedTensor:
+    """Stored integers as a tensor of their shape (outputs, inputs)."""
+    return stored._replace(shape=shape) if quantisation == "int8" else PackedTensor(stored, shape[1])

@@ -9,13 +9,15 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from s1jax.paths import AnyPath, BucketPath, file_size, read_range
 from s1jax.strict_json import parse_json
 
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+DTYPES = {**FLOATS, "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
 """Of the tensors that are read and written here, by the names that safetensors has for them."""
 _HEADER_BYTES = 2**17
 """What is read of a file at first: most headers are shorter."""
@@ -116,22 +118,27 @@ def _are_sizes(values: Any) -> bool:
     return all(type(value) is int and 0 <= value < _MOST_BYTES for value in values)
 
 
-def make_file(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> tuple[bytearray, dict[str, np.ndarray]]:
-    """The bytes of a file with tensors of these shapes, and each tensor within it, still to be filled."""
-    (dtype_name,) = (name for name, known in DTYPES.items() if known == dtype)
+def make_file(tensors: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[bytearray, dict[str, np.ndarray]]:
+    """The bytes of a file with tensors of these shapes and dtypes, and each tensor within it, still to be filled."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, shape in shapes.items():
-        nbytes = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": dtype_name, "shape": shape, "data_offsets": (offset, offset + nbytes)}
-        offset += nbytes
+    for name, tensor in tensors.items():
+        end = offset + num_bytes(tensor)
+        header[name] = {"dtype": names[tensor.dtype], "shape": tensor.shape, "data_offsets": (offset, end)}
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     content = bytearray(8 + len(text) + offset)
     content[: 8 + len(text)] = len(text).to_bytes(8, "little") + text
-    tensors, at = {}, 8 + len(text)
-    for name, shape in shapes.items():
-        nbytes = math.prod(shape) * dtype.itemsize
-        tensors[name] = np.frombuffer(content, np.uint8, nbytes, at).view(dtype).reshape(shape)
-        at += nbytes
-    return content, tensors
+    places, at = {}, 8 + len(text)
+    for name, tensor in tensors.items():
+        whole = np.frombuffer(content, np.uint8, num_bytes(tensor), at)
+        places[name] = whole.view(tensor.dtype).reshape(tensor.shape)
+        at += whole.nbytes
+    return content, places
+
+
+def num_bytes(tensor: jax.ShapeDtypeStruct) -> int:
+    """Of a tensor in a file."""
+    return math.prod(tensor.shape) * tensor.dtype.itemsize

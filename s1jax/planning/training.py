@@ -189,7 +189,8 @@ class _Planner:
         config = self._config
         if config.plan.storage_gigabytes_per_second is None:
             return None
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(replace(self._model, lora=None).abstract_params()))
+        exported = replace(self._model, lora=None, quantisation=None).abstract_params()
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(exported))
         step_seconds, minutes = seconds / self.total_steps, config.checkpoint.every_minutes
         by_clock = None if minutes is None else math.ceil(60 * minutes / step_seconds)
         return plan_storage(

@@ -28,7 +28,7 @@ from s1jax.model.flops import peak_flops, training_flops
 from s1jax.model.hf import load_params
 from s1jax.model.hf_files import resolve_model
 from s1jax.model.kernel_check import checked
-from s1jax.model.load import build_model
+from s1jax.model.load import build_model, needs_original
 from s1jax.model.lora import join, lora_of
 from s1jax.model.qwen import Params, Qwen
 from s1jax.paths import AnyPath, any_path, free_bytes
@@ -85,8 +85,13 @@ def training_model(config: TrainConfig, architecture: QwenConfig) -> Qwen:
     lora = lora_of(section.lora, architecture)
     if section.base_dtype and not lora:
         raise ConfigError("model.base_dtype: all weights are trained, none is frozen: set model.lora.rank too")
+    needs_original("model.base_dtype", section.base_dtype, architecture)
+    quantisation: Quantisation | None = architecture.quantisation
+    if quantisation and not lora:
+        raise ConfigError(f"model.path: the model's weights are {quantisation}, of which only adapters can be trained")
     model = build_model(section, architecture, param_dtype="float32", remat=section.remat)
-    quantisation: Quantisation | None = section.base_dtype if section.base_dtype in ("int8", "int4") else None
+    if section.base_dtype in ("int8", "int4"):
+        quantisation = section.base_dtype
     if quantisation == "int4" and jax.__version_info__ < _COMPILED_WITH_INT4:
         raise ConfigError(f"model.base_dtype: int4 needs jax 0.12, this is {jax.__version__}: take int8")
     dtype = "bfloat16" if quantisation else section.base_dtype or "bfloat16"

@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 
 from s1jax import Sampling, ThinkingBudget, generate
+from s1jax.config import BenchmarkConfig
+from s1jax.config_reader import ConfigError, load_config
+from s1jax.decoding.benchmark import benchmark as measure
 from s1jax.model.load import LoadedModel
 from tests.decoding.conftest import CONFIG, ROOT, command, environment, run
 from tests.tiny import model_directory
@@ -163,6 +166,13 @@ def test_the_benchmark_needs_no_more_than_a_config(tmp_path: Path) -> None:
         assert all(value > 0 for name, value in row.items() if name != "compile_seconds"), row
         assert row["decode_tokens_per_second"] == pytest.approx(1e3 * row["batch_size"] / row["milliseconds_per_step"])
     assert "ms/step" in printed
+
+
+def test_the_benchmark_refuses_an_adapter_of_random_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    config = load_config(BenchmarkConfig, [f"model.path={tmp_path}", "model.adapter=nowhere"])
+    with pytest.raises(ConfigError, match=r"^model\.adapter: .* has no weights that it could be merged into"):
+        measure(config)
 
 
 @pytest.mark.slow

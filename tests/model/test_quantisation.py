@@ -1,5 +1,7 @@
 """Weights of integers: how they are made, their products, and models that are read with them."""
 
+import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,16 +16,22 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.numpy import load_file, save_file
 
-from s1jax.config import Quantisation
+from s1jax.config import ModelSection, Quantisation, QuantiseConfig, QuantisedModelSection
+from s1jax.config_reader import ConfigError, load_config
+from s1jax.decoding import quantise as command
 from s1jax.mesh import make_mesh
 from s1jax.model.config import QwenConfig
-from s1jax.model.export import export_model
+from s1jax.model.config_json import UnsupportedConfigError
+from s1jax.model.export import export_model, export_quantised
 from s1jax.model.hf import load_params
+from s1jax.model.load import decoding_model
 from s1jax.model.lora import join
 from s1jax.model.projection import project
-from s1jax.model.quantisation import quantise
+from s1jax.model.quantisation import from_stored, quantise, stored_integers, to_stored
 from s1jax.model.qwen import Params, Qwen
-from s1jax.model.safetensors_files import CheckpointError
+from s1jax.model.safetensors_files import CheckpointError, read_header
+from s1jax.training.config import TrainConfig
+from s1jax.training.loop import training_model
 from tests.model.test_adapter import logits, saved, with_adapters
 from tests.reference import quantisation as reference
 from tests.tiny import QWEN2, QWEN3, model_directory
@@ -162,3 +170,120 @@ def test_random_integers_have_the_spread_of_random_weights(kind: Quantisation) -
     values = np.asarray(gate["weight"], np.float32) * np.asarray(gate["scale"][0, 0, 0])
     expected = np.asarray(wide.init(jax.random.key(0))["layers"]["mlp"]["gate"]["weight"])
     assert values.std() == pytest.approx(expected.std(), rel=0.2)
+
+
+def quantised(directory: Path, to: Path, kind: Quantisation, **more: Any) -> Path:
+    """What `decode.py quantise` makes of a directory."""
+    command.quantise(QuantiseConfig(QuantisedModelSection(str(directory), kind, **more), str(to)))
+    return to
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", [{**QWEN2, "num_attention_heads": 8, "num_key_value_heads": 4}, QWEN3])
+def test_what_is_written_once_is_read_as_what_is_made_while_reading(
+    kind: Quantisation, config: dict[str, Any], tmp_path: Path
+) -> None:
+    directory = model_directory(tmp_path / "model", config)
+    stored = quantised(directory, tmp_path / "quantised", kind)
+    assert (stored / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
+    model = float_model(config, quantisation=kind)
+    again = decoding_model(ModelSection(str(stored), dtype="float32"), QwenConfig.from_directory(stored))
+    for sizes in ((1, 1, 1), (2, 2, 2)):
+        for stacked in (True, False):
+            expected, found = (read(d, m, sizes, stacked=stacked) for d, m in ((directory, model), (stored, again)))
+            jax.tree.map(same_bits, expected, found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_a_quantised_directory_are_whole_and_for_nobody_else(kind: Quantisation, tmp_path: Path) -> None:
+    beside, params = with_adapters(QWEN2)
+    base, adapter = saved(tmp_path, beside, params)
+    model = replace(beside, lora=None, quantisation=kind)
+    stored = tmp_path / "quantised"
+    export_quantised(stored, base, kind, adapter=adapter, max_file_bytes=20_000)
+    files = sorted(stored.glob("model-*.safetensors"))
+    index = json.loads((stored / "model.safetensors.index.json").read_text())
+    assert len(files) > 3
+    assert index["metadata"]["total_size"] == sum(t.nbytes for file in files for t in load_file(file).values())
+    again = replace(model, config=QwenConfig.from_directory(stored))
+    jax.tree.map(same_bits, read(base, model, adapter=adapter), read(stored, again))
+    with pytest.raises(CheckpointError, match="already exists"):
+        export_quantised(stored, base, kind)
+    if sys.version_info < (3, 12):
+        from transformers import AutoModelForCausalLM
+
+        with pytest.raises(RuntimeError, match="mismatched"):
+            AutoModelForCausalLM.from_pretrained(stored)
+    files[1].rename(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match=f"{files[1].name}: no such file"):
+        read(stored, again)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_directory_is_the_base_of_adapters_and_is_exported_widened(
+    kind: Quantisation, tmp_path: Path
+) -> None:
+    beside, params = with_adapters(QWEN2)
+    base, _ = saved(tmp_path, beside, params)
+    stored = quantised(base, tmp_path / "quantised", kind)
+    with_base = replace(beside, quantisation=kind)
+    again = replace(with_base, config=QwenConfig.from_directory(stored))
+    frozen = read(stored, again)
+    jax.tree.map(same_bits, read(base, with_base), frozen)
+    trained = join(frozen, beside.split(params)[0])
+    export_model(tmp_path / "merged", again, trained, source=stored, dtype=jnp.float32)
+    merged = Qwen(QwenConfig.from_directory(tmp_path / "merged"), dtype=jnp.float32)
+    assert merged.config == beside.config
+    np.testing.assert_allclose(
+        logits(merged, read(tmp_path / "merged", merged)), logits(again, trained), rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("inputs", [1, 2, 7, 128])
+def test_two_integers_of_four_bits_share_a_byte(inputs: int, tmp_path: Path) -> None:
+    integers = np.random.default_rng(0).integers(-7, 8, (5, inputs)).astype(jnp.int4)
+    save_file({"x": to_stored(integers)}, tmp_path / "x.safetensors")
+    stored = read_header(tmp_path / "x.safetensors")["x"]
+    assert (stored.shape, stored.dtype) == (stored_integers("int4", integers.shape).shape, "U8")
+    assert stored.row_bytes == -(-inputs // 2)
+    found = from_stored(stored, "int4", integers.shape)
+    for start, stop in ((0, 5), (2, 4)):
+        assert found.read_rows(start, stop).tobytes() == integers[start:stop].tobytes()
+
+
+def same_bits(one: jax.Array, other: jax.Array) -> None:
+    assert one.dtype == other.dtype
+    assert one.sharding == other.sharding
+    assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+def test_what_needs_the_original_weights_is_refused(tmp_path: Path) -> None:
+    directory = quantised(model_directory(tmp_path / "model"), tmp_path / "int8", "int8")
+    config = QwenConfig.from_directory(directory)
+    with pytest.raises(ConfigError, match=r"^model\.weights: the model's weights are int8 already"):
+        decoding_model(ModelSection(str(directory), weights="int4"), config)
+    with pytest.raises(ConfigError, match=r"^model\.adapter: the model's weights are int8 already"):
+        decoding_model(ModelSection(str(directory), adapter="x"), config)
+    with pytest.raises(ConfigError, match=r"^model\.weights: "):
+        quantised(directory, tmp_path / "int4", "int4")
+    assert not (tmp_path / "int4").exists()
+    words = [f"model.path={directory}", "data.path=x", "training.output_dir=y"]
+    with pytest.raises(ConfigError, match="of which only adapters can be trained"):
+        training_model(load_config(TrainConfig, words), config)
+    words += ["model.lora.rank=4"]
+    assert training_model(load_config(TrainConfig, words), config).quantisation == "int8"
+    with pytest.raises(ConfigError, match=r"^model\.base_dtype: the model's weights are int8 already"):
+        training_model(load_config(TrainConfig, [*words, "model.base_dtype=bfloat16"]), config)
+    for method in ("gptq", "awq", "bitsandbytes", "fp8"):
+        with pytest.raises(UnsupportedConfigError, match=f"found quant_method '{method}'"):
+            QwenConfig.from_hf({**QWEN2, "quantization_config": {"quant_method": method, "bits": 4}})
+
+
+def test_a_source_that_is_not_finite_leaves_nothing(tmp_path: Path) -> None:
+    directory, name = model_directory(tmp_path / "model"), "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(directory / "model.safetensors")
+    tensors[name][3, 5] = np.nan
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"NaN or infinite weights in {name}"):
+        quantised(directory, tmp_path / "int4", "int4")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", ".int4.lock"}

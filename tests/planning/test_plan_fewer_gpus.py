@@ -32,10 +32,13 @@ def test_adapters_of_the_32b_on_one_host(tmp_path: Path) -> None:
 def test_adapters_of_the_32b_on_one_card(tmp_path: Path) -> None:
     words = ("train.py", "configs/sft/s1-32b-int8-lora-h100-1x1.yaml", "--plan", "h100:1x1", *ONE_SHAPE)
     full_rows = ("plan.mean_length=null", "plan.max_length=null", "training.gradient_accumulation_steps=16")
-    content = plan(tmp_path / "plan.json", *words, *full_rows)
+    content = plan(tmp_path / "plan.json", *words, *full_rows, "plan.storage_gigabytes_per_second=2")
     (shape,) = content["shapes"]
     assert (shape["length"], content["fits"]) == (12_288, True)
     assert content["peak_bytes"] <= 72 * GIB
+    # Widened, without the scales: of 64 layers also the biases and two norms.
+    others = 64 * (5120 + 2 * 1024 + 2 * 5120) + 5120 + 2 * 152_064 * 5120
+    assert content["storage"]["export_bytes"] == 2 * (LAYERS + others)
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.training.conftest import ROOT, Command, run, start, wait_for_step
+from tests.processes import free_port
+from tests.training.conftest import ROOT, Command, metrics, run, start, wait_for_step
 
 LORA = ("model.lora.rank=4", "model.base_dtype=float32")
 
@@ -60,6 +61,26 @@ def test_killed_and_on_another_mesh_the_adapter_is_the_same(command: Command, tr
     assert status == 0, said
     for name, tensor in adapter_of(tmp_path / "other").items():
         np.testing.assert_allclose(tensor, expected[name], rtol=0, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_adapters_that_one_does(command: Command, tmp_path: Path) -> None:
+    words = (*LORA, "training.num_epochs=1", "checkpoint.every_steps=null")
+    meeting = (f"mesh.coordinator=127.0.0.1:{free_port()}", "mesh.num_processes=2")
+    processes = [
+        start(command(tmp_path / "two", *words, *meeting, f"mesh.process_id={i}"), devices=1) for i in range(2)
+    ]
+    processes.append(start(command(tmp_path / "one", *words), devices=2))
+    outputs = [process.communicate(timeout=180)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [row["step"] for row in two] == [row["step"] for row in one] == [1, 2, 3]
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
+    expected = adapter_of(tmp_path / "one")
+    for name, tensor in adapter_of(tmp_path / "two").items():
+        np.testing.assert_allclose(tensor, expected[name], rtol=0, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("base_dtype", ["bfloat16", "int8", "int4"])
