@@ -126,7 +126,9 @@ def _measured(config: BenchmarkConfig) -> Row:
     directory = resolve_model(config.model.path)
     has_weights = any(file.suffix == ".safetensors" for file in directory.iterdir())
     as_computed = replace(config.model, param_dtype=config.model.param_dtype or config.model.dtype)
-    model, mesh = inference_model(config.model if has_weights else as_computed, config.mesh, directory)
+    model, mesh = inference_model(
+        config.model if has_weights else as_computed, config.mesh, directory, config.cache.dtype
+    )
     with jax.set_mesh(mesh):
         if has_weights:
             params = read_params(config.model, directory, model, mesh)
@@ -148,6 +150,7 @@ def _measured(config: BenchmarkConfig) -> Row:
         "dtype": config.model.dtype,
         "weights": "checkpoint" if has_weights else "random",
         "quantisation": config.model.weights,
+        "cache_dtype": config.cache.dtype,
         "prompt_length": config.benchmark.prompt_length,
         "new_tokens": config.benchmark.new_tokens,
         "copy_bytes_per_second": copy,
