@@ -34,6 +34,7 @@ PathText = Annotated[str, AfterValidator(_check_path)]
 Implementation = Literal["auto", "plain", "chunked", "blocks", "kernel", "cudnn", "splash"]
 """Of attention; `model.attention.attention` says what each is."""
 Quantisation = Literal["int8", "int4"]
+CacheDtype = Literal["int8"]
 Remat = Literal["none", "dots", "offload", "heads", "gate", "full"]
 
 
@@ -209,7 +210,16 @@ BatchSize = Annotated[
 
 
 @dataclass(frozen=True, config=STRICT)
-class CacheSection:
+class CacheDtypeSection:
+    """How keys and values of past tokens are kept."""
+
+    dtype: CacheDtype | None = Field(
+        default=None, description="int8: with a scale for each token and head; null: in the computation's dtype"
+    )
+
+
+@dataclass(frozen=True, config=STRICT)
+class CacheSection(CacheDtypeSection):
     """The keys and values of past tokens, in pages that rows are given as they grow."""
 
     tokens: Positive | None = Field(
@@ -387,4 +397,5 @@ class BenchmarkConfig:
 
     model: ModelSection
     benchmark: BenchmarkSection = Field(default=BenchmarkSection(), description="measurements")
+    cache: CacheDtypeSection = Field(default=CacheDtypeSection(), description="keys and values of past tokens")
     mesh: DecodingMeshSection = Field(default=DecodingMeshSection(), description="device mesh")

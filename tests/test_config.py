@@ -51,6 +51,21 @@ def test_a_mistake_is_refused_by_name(words: list[str], message: str) -> None:
         load_config(ScoreConfig, [*WORDS, *words])
 
 
+@pytest.mark.parametrize(
+    ("root", "words"),
+    [
+        (GenerateConfig, ["model.path=m"]),
+        (EvaluateConfig, ["model.path=m", "tasks=t", "output_dir=o"]),
+        (BenchmarkConfig, ["model.path=m"]),
+    ],
+)
+def test_a_cache_is_of_int8_or_of_the_computations_dtype(root: type, words: list[str]) -> None:
+    assert load_config(root, [*words, "cache.dtype=int8"]).cache.dtype == "int8"
+    assert load_config(root, [*words, "cache.dtype=null"]).cache.dtype is None
+    with pytest.raises(ConfigError, match=r"cache\.dtype: .*'int4'; expected int8\|null"):
+        load_config(root, [*words, "cache.dtype=int4"])
+
+
 def test_all_mistakes_are_reported_together() -> None:
     with pytest.raises(ConfigError) as error:
         load_config(ScoreConfig, ["batch_size=0", "inputs=3"])

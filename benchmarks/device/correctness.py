@@ -92,7 +92,7 @@ def _kernel(report: Report, title: str, heads: HeadSizes, length: int, packed: b
 
 
 def _paged_kernel(report: Report, title: str, heads: HeadSizes, length: int) -> Row:
-    name = choose_paged(jnp.bfloat16, heads.head_dim)
+    name = choose_paged(jnp.bfloat16, heads.head_dim, is_quantised=False)
     error = paged_error(name, heads, jnp.bfloat16, [1, PAGE - 1, PAGE, PAGE + 1, length // 2, length])
     limit = TOLERANCES["bfloat16"]
     report.verdict(f"{name} is attention ({title})", passed=error <= limit, found=f"{error:.2g} away, limit {limit:g}")

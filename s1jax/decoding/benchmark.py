@@ -130,7 +130,9 @@ def _measured(config: BenchmarkConfig) -> Row:
             f"model.adapter: {directory} has no weights that it could be merged into, random ones are taken"
         )
     as_computed = replace(config.model, param_dtype=config.model.param_dtype or config.model.dtype)
-    model, mesh = inference_model(config.model if has_weights else as_computed, config.mesh, directory)
+    model, mesh = inference_model(
+        config.model if has_weights else as_computed, config.mesh, directory, config.cache.dtype
+    )
     with jax.set_mesh(mesh):
         if has_weights:
             params = read_params(config.model, directory, model, mesh)
@@ -152,6 +154,7 @@ def _measured(config: BenchmarkConfig) -> Row:
         "dtype": config.model.dtype,
         "weights": "checkpoint" if has_weights else "random",
         "quantisation": model.quantisation,
+        "cache_dtype": config.cache.dtype,
         "prompt_length": config.benchmark.prompt_length,
         "new_tokens": config.benchmark.new_tokens,
         "copy_bytes_per_second": copy,

@@ -1,9 +1,9 @@
 """The keys and values of a batch's rows: memory is claimed once, and rows are given pages of it as they grow."""
 
-import math
 from collections.abc import Sequence
 from operator import itemgetter
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -13,7 +13,7 @@ from s1jax.decoding.prefill_queue import PIECE, Piece, PrefillQueue
 from s1jax.device_memory import GIB, free_bytes
 from s1jax.mesh import batch_shards
 from s1jax.model.load import LoadedModel
-from s1jax.model.paged_attention import PAGE, UNUSED_PAGE, KVCache, cache_shape, choose_paged, num_pages
+from s1jax.model.paged_attention import PAGE, UNUSED_PAGE, KVCache, choose_paged, num_pages
 from s1jax.processes import agree_least
 
 _SHARE_OF_FREE_MEMORY = {"cpu": 0.25}
@@ -69,8 +69,8 @@ class PagedCache:
     def _allowed(self, limit: int) -> int:
         """Pages of a shard that the devices' memory has room for, with rows of up to `limit` tokens."""
         model, mesh = self._loaded.model, self._loaded.mesh
-        values = math.prod(cache_shape(model.config, 1, mesh.shape["tensor"])) // mesh.shape["tensor"]
-        size = 2 * model.config.num_hidden_layers * values * np.dtype(model.dtype).itemsize
+        layer = jax.tree.leaves(model.abstract_cache(1, mesh.shape["tensor"]))
+        size = sum(x.size * x.dtype.itemsize for x in layer) // mesh.shape["tensor"] * model.config.num_hidden_layers
         where = mesh.devices.flat[0].platform
         share = _SHARE_OF_FREE_MEMORY.get(where, 0.8)
         pages = min(int(share * free_bytes(device)) // size for device in mesh.local_devices)
@@ -176,7 +176,7 @@ class PagedCache:
         What attention costs without a kernel follows its width, and how often programs are compiled too.
         """
         model = self._loaded.model
-        kernel = choose_paged(model.dtype, model.config.head_dim) != "plain"
+        kernel = choose_paged(model.dtype, model.config.head_dim, model.cache_dtype is not None) != "plain"
         width = num_pages(self.limit if kernel else bucket(tokens, self.limit))
         width += -width % _TABLE_STEP if kernel else 0
         table = np.full((len(rows), width), UNUSED_PAGE, np.int32)

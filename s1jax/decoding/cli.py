@@ -24,7 +24,7 @@ from s1jax.processes import together
 from s1jax.resume import keep_settings, settings_of
 
 _FREE_TO_CHANGE = ("output", "batch_size", "cache", "mesh", "plan", "prompts")
-"""Keys that a run may be resumed with other values of: the results do not depend on them."""
+"""Keys that a run may be resumed with other values of: the results do not depend on them, but for the cache's dtype."""
 
 
 def generate(config: GenerateConfig) -> None:
@@ -57,6 +57,7 @@ def generate(config: GenerateConfig) -> None:
             """What is done; refuses an output of a run with other settings or prompts."""
             beside = output.path.with_name(output.path.name + ".config.json")
             settings = settings_of(config, _FREE_TO_CHANGE, model_fingerprint(config.model))
+            settings["cache.dtype"] = config.cache.dtype
             keep_settings(settings, output.path, beside, save=hosts.processes.index == 0)
             asked = {request.index: _asked(prompts[request.index], request) for request in requests}
             rows = output.rows()

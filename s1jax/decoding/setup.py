@@ -71,7 +71,7 @@ def build_engine(
     share: bool = True,
 ) -> Engine:
     """Read the weights, and return what generates with them, with rows for so many requests if it chooses them."""
-    loaded = load_model(config.model, config.mesh)
+    loaded = load_model(config.model, config.mesh, config.cache.dtype)
     return Engine(
         loaded,
         setup.tokenizer,

@@ -30,7 +30,8 @@ from s1jax.processes import together
 from s1jax.resume import keep_settings, settings_of
 
 _FREE_TO_CHANGE = ("output_dir", "batch_size", "cache", "mesh", "grading_seconds", "plan")
-"""Keys that a stopped evaluation may go on with other values of: the results do not depend on them."""
+"""Keys that a stopped evaluation may go on with other values of: the results do not depend on them, but for the
+cache's dtype."""
 
 _KEY = ("task", "run", "id", "sample")
 _Key = tuple[str, str, str, int]
@@ -101,6 +102,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
         def resume() -> list[Line]:
             """Of the lines that are there, what `jobs` needs; refuses those of other settings, models or questions."""
             settings = settings_of(config, _FREE_TO_CHANGE, model_fingerprint(config.model))
+            settings["cache.dtype"] = config.cache.dtype
             settings["sweep"].pop("share")
             first = hosts.processes.index == 0
             keep_settings(settings, output.path, directory / "config.json", save=first)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from s1jax.model.quantised_heads import Quantised
+
 Heads = Float[Array, "batch length heads head_dim"]
 KeyValueHeads = Float[Array, "batch length kv_heads head_dim"]
 
@@ -20,6 +22,10 @@ TPU_BLOCKS = (512, 256, 128)
 """Tokens of a block of TPU's kernel, the first that divides a row."""
 _PAGES_PER_BLOCK = 8
 """Of TPU's kernel for pages: so many are computed together."""
+_SPLITS = 8
+"""Of Triton's kernel for pages: so many parts of a row are computed side by side, so that few rows fill a GPU."""
+_PAGES_AT_ONCE = 2
+"""Of Triton's kernel: more have no room beside a processor in float32, to which it widens values."""
 
 
 def cudnn_takes_packed_rows() -> bool:
@@ -159,6 +165,32 @@ def cudnn_paged_attention(
     # Its public function insists on as many pages as the tables of all rows have entries, for which cuDNN has no need.
     function = cudnn._dot_product_attention
     return function(*(arguments[name] for name in inspect.signature(function).parameters)).reshape(query.shape)
+
+
+def triton_paged_attention(
+    query: Float[Array, "batch kv_heads queries head_dim"],
+    keys: Quantised,
+    values: Quantised,
+    table: Int[Array, "batch row_pages"],
+    last: Int[Array, " batch"],
+) -> Float[Array, "batch kv_heads queries head_dim"]:
+    """GPU's attention of one token in each row over its tokens 0..last in int8 pages; head_dim is a power of two."""
+    from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
+
+    batch, heads, queries, head_dim = query.shape
+    splits = math.gcd(table.shape[1], _SPLITS)
+    out = paged_attention(
+        query.reshape(batch, heads * queries, head_dim) * head_dim**-0.5,
+        keys.integers,
+        values.integers,
+        table.astype(jnp.int32),
+        (last + 1).astype(jnp.int32),
+        keys.scales,
+        values.scales,
+        k_splits=splits,
+        pages_per_compute_block=math.gcd(table.shape[1] // splits, _PAGES_AT_ONCE),
+    )
+    return out.reshape(query.shape)
 
 
 def tpu_paged_attention(

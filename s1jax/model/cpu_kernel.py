@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from s1jax.compilation_cache import user_cache
 from s1jax.mesh import platform
+from s1jax.model.quantised_heads import Quantised
 
 FOLDER = Path(__file__).parent / "cpu"
 MATMUL = "s1jax_matmul"
@@ -49,8 +50,8 @@ def multiply(
 
 def attend(
     query: Float[Array, "batch kv_heads queries head_dim"],
-    keys: Float[Array, "kv_heads pages slots head_dim"],
-    values: Float[Array, "kv_heads pages slots head_dim"],
+    keys: Float[Array, "kv_heads pages slots head_dim"] | Quantised,
+    values: Float[Array, "kv_heads pages slots head_dim"] | Quantised,
     table: Int[Array, "batch row_pages"],
     last: Int[Array, " batch"],
 ) -> Float[Array, "batch kv_heads queries head_dim"]:
@@ -58,15 +59,18 @@ def attend(
 
     Float32, as the query is, which is scaled already; the pages have a dtype that is `available`. No gradients.
     """
-    return _call("s1jax_attend", query.shape, query, keys, values, table.astype(jnp.int32), last.astype(jnp.int32))
+    none = jnp.zeros((0, 0, 0))
+    (keys, of_keys), (values, of_values) = (x if isinstance(x, Quantised) else (x, none) for x in (keys, values))
+    places = table.astype(jnp.int32), last.astype(jnp.int32)
+    return _call("s1jax_attend", query.shape, query, keys, of_keys, values, of_values, *places)
 
 
 def write(
-    pages: Float[Array, "kv_heads pages slots head_dim"],
-    tokens: Float[Array, "batch length kv_heads head_dim"],
+    pages: Shaped[Array, "kv_heads pages slots *head_dim"],
+    tokens: Shaped[Array, "batch length kv_heads *head_dim"],
     table: Int[Array, "batch row_pages"],
     first: Int[Array, " batch"],
-) -> Float[Array, "kv_heads pages slots head_dim"]:
+) -> Shaped[Array, "kv_heads pages slots *head_dim"]:
     """The pages, updated in place, with tokens at a row's positions from `first` on, but for those beyond the table.
 
     XLA's own scatter widens all of a half-precision cache before it writes to it.

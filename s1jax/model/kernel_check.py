@@ -15,10 +15,18 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from s1jax.compilation_cache import user_cache
-from s1jax.config import Implementation
+from s1jax.config import CacheDtype, Implementation
 from s1jax.model.attention import KERNELS, attention, choose
 from s1jax.model.paged_attention import KERNELS as PAGED_KERNELS
-from s1jax.model.paged_attention import PAGE, LayerCache, choose_paged, num_pages, paged_attention
+from s1jax.model.paged_attention import (
+    PAGE,
+    QUANTISED_KERNELS,
+    LayerCache,
+    choose_paged,
+    num_pages,
+    paged_attention,
+)
+from s1jax.model.quantised_heads import quantised
 from s1jax.model.qwen import Qwen
 from s1jax.paths import write_whole
 from s1jax.strict_json import parse_json
@@ -87,7 +95,12 @@ def attention_errors(
 
 
 def paged_error(
-    implementation: Implementation, sizes: HeadSizes, dtype: DTypeLike, lengths: Sequence[int] = _PAGED_LENGTHS
+    implementation: Implementation,
+    sizes: HeadSizes,
+    dtype: DTypeLike,
+    lengths: Sequence[int] = _PAGED_LENGTHS,
+    *,
+    cache_dtype: CacheDtype | None = None,
 ) -> float:
     """How far an implementation is from gathering the pages, in float32, with rows that hold so many tokens.
 
@@ -103,13 +116,15 @@ def paged_error(
     shape = (sizes.kv_heads, pages + 1, PAGE, sizes.head_dim)
     keys = jax.random.split(jax.random.key(0), 3)
     query = jax.random.normal(keys[0], (len(lengths), 1, sizes.heads, sizes.head_dim), dtype)
-    cache = LayerCache(*(jax.random.normal(key, shape, dtype) for key in keys[1:]))
+    pages_of = [jax.random.normal(key, shape, dtype) for key in keys[1:]]
+    cache = LayerCache(*(map(quantised, pages_of) if cache_dtype else pages_of))
     last = jnp.asarray(lengths, jnp.int32) - 1
 
     def run(query: jax.Array, cache: LayerCache, name: Implementation) -> jax.Array:
         return jax.jit(partial(paged_attention, implementation=name))(query, cache, jnp.asarray(table), last[:, None])
 
-    right = run(query.astype(jnp.float32), jax.tree.map(lambda x: x.astype(jnp.float32), cache), "plain")
+    wide = cache if cache_dtype else jax.tree.map(lambda x: x.astype(jnp.float32), cache)
+    right = run(query.astype(jnp.float32), wide, "plain")
     try:
         return _distance(run(query, cache, implementation), right)
     except (RuntimeError, NotImplementedError) as error:
@@ -130,8 +145,10 @@ def checked(model: Qwen, *, gradients: bool) -> Qwen:
     name = model.attention
     if name == "auto":
         name = choose(_ROW_LENGTH, model.dtype, packed=gradients, lengths_known=True)
-    paged = name if model.attention != "auto" else choose_paged(model.dtype, model.config.head_dim)
-    kernels = (KERNELS.get(name), None if gradients else PAGED_KERNELS.get(paged))
+    is_quantised = model.cache_dtype is not None
+    paged = name if model.attention != "auto" else choose_paged(model.dtype, model.config.head_dim, is_quantised)
+    of_pages = (QUANTISED_KERNELS if is_quantised else PAGED_KERNELS).get(paged)
+    kernels = (KERNELS.get(name), None if gradients else of_pages)
     worst = _error(model, name, gradients, kernels) if any(kernels) else 0.0
     tolerance = TOLERANCES[jnp.dtype(model.dtype).name]
     if worst <= tolerance:
@@ -151,7 +168,7 @@ def _error(model: Qwen, name: Implementation, gradients: bool, kernels: tuple[Ca
     device = jax.local_devices()[0]
     versions = (jax.__version__, jaxlib.__version__, device.client.platform_version)
     functions = [kernel and kernel.__qualname__ for kernel in kernels]
-    key = repr((name, tuple(sizes), dtype, gradients, functions, device.device_kind, *versions))
+    key = repr((name, tuple(sizes), dtype, model.cache_dtype, gradients, functions, device.device_kind, *versions))
     path = user_cache().parent / "kernels.json"
     try:
         known = dict(parse_json(path.read_bytes()))
@@ -162,7 +179,9 @@ def _error(model: Qwen, name: Implementation, gradients: bool, kernels: tuple[Ca
         one = HeadSizes(sizes.heads // sizes.kv_heads * 2, 2, sizes.head_dim)
         of_rows, of_pages = kernels
         errors = attention_errors(name, one, dtype, packed=gradients, gradients=gradients) if of_rows else {}
-        error = max(*errors.values(), paged_error(name, one, dtype) if of_pages else 0.0, 0.0)
+        if of_pages:
+            errors["pages"] = paged_error(name, one, dtype, cache_dtype=model.cache_dtype)
+        error = max(errors.values())
         known[key] = error
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

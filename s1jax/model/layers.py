@@ -19,7 +19,7 @@ from s1jax.model.attention import attention
 from s1jax.model.config import QwenConfig
 from s1jax.model.gates_and_norms import gated, normalised
 from s1jax.model.lora import Lora
-from s1jax.model.paged_attention import LayerCache, PageTable, num_pages, paged_attention, write
+from s1jax.model.paged_attention import LayerCache, PageTable, as_kept, num_pages, paged_attention, write
 from s1jax.model.projection import project
 from s1jax.model.quantisation import GREATEST, num_groups
 from s1jax.model.rope import rotate
@@ -181,6 +181,8 @@ class Attention(nnx.Module):
         if cache is not None and table is not None and (x.shape[1] == 1 or table.shape[1] > num_pages(x.shape[1])):
             context = paged_attention(query, cache, table, inputs.positions, implementation=self.implementation)
         else:
+            if cache is not None:
+                key, value = as_kept(cache, key), as_kept(cache, value)
             context = attention(
                 query,
                 key,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from s1jax.config import ComputationSection, DecodingMeshSection, ModelSection, Remat
+from s1jax.config import CacheDtype, ComputationSection, DecodingMeshSection, ModelSection, Remat
 from s1jax.config_reader import ConfigError
 from s1jax.mesh import make_mesh
 from s1jax.model import cpu_kernel
@@ -59,7 +59,7 @@ def needs_original(key: str, value: object, config: QwenConfig) -> None:
         )
 
 
-def decoding_model(section: ModelSection, config: QwenConfig) -> Qwen:
+def decoding_model(section: ModelSection, config: QwenConfig, cache_dtype: CacheDtype | None = None) -> Qwen:
     """The model as it decodes: parameters are kept in the dtype of the computation, unless the section says else.
 
     Raises ConfigError for what cannot be made of weights that are quantised already.
@@ -67,17 +67,19 @@ def decoding_model(section: ModelSection, config: QwenConfig) -> Qwen:
     needs_original("model.weights", section.weights, config)
     needs_original("model.adapter", section.adapter, config)
     model = build_model(section, config, param_dtype=section.dtype)
-    return replace(model, quantisation=section.weights or config.quantisation)
+    return replace(model, quantisation=section.weights or config.quantisation, cache_dtype=cache_dtype)
 
 
-def inference_model(section: ModelSection, mesh_section: DecodingMeshSection, directory: AnyPath) -> tuple[Qwen, Mesh]:
+def inference_model(
+    section: ModelSection, mesh_section: DecodingMeshSection, directory: AnyPath, cache_dtype: CacheDtype | None = None
+) -> tuple[Qwen, Mesh]:
     """The directory's model as inference runs it, and the devices that it is spread over, which is said on a line.
 
     Those are this process's own where each process has a copy, else all. Parameters are kept in the dtype of the
     computation, or, where products widen weights as they read them and the section does not say, in the checkpoint's
     bfloat16 under float32: the numbers are the same, and half as many bytes. Raises MeshError.
     """
-    model = decoding_model(section, QwenConfig.from_directory(directory))
+    model = decoding_model(section, QwenConfig.from_directory(directory), cache_dtype)
     devices = jax.local_devices() if mesh_section.copies else jax.devices()
     sizes = decoding_mesh_sizes(mesh_section, model, machine_of(devices))
     mesh = make_mesh(*sizes, devices)
@@ -99,13 +101,14 @@ def read_params(section: ModelSection, directory: AnyPath, model: Qwen, mesh: Me
     return load_params(directory, model, mesh, stacked=False, adapter=adapter)
 
 
-def load_model(section: ModelSection, mesh: DecodingMeshSection) -> LoadedModel:
+def load_model(section: ModelSection, mesh: DecodingMeshSection, cache_dtype: CacheDtype | None = None) -> LoadedModel:
     """Find, check and read a model for inference: `inference_model` with its parameters.
 
-    Raises FileNotFoundError, UnsupportedConfigError, CheckpointError or MeshError.
+    `cache_dtype` is that of keys and values while it decodes, None: that of the computation. Raises FileNotFoundError,
+    UnsupportedConfigError, CheckpointError or MeshError.
     """
     directory = resolve_model(section.path)
-    model, devices = inference_model(section, mesh, directory)
+    model, devices = inference_model(section, mesh, directory, cache_dtype)
     with ThreadPoolExecutor(1) as reader:
         # Meanwhile, for those who will ask for it; they are told what is wrong with it, too.
         reader.submit(load_tokenizer, directory)

@@ -1,7 +1,8 @@
 """Keys and values of past tokens in pages, of which each row has a list, and attention of new tokens over them.
 
 A row is given pages as it grows, so that memory follows what rows hold and not what they could; full pages may be in
-the lists of several rows. Each shard of a batch has pages and page numbers of its own.
+the lists of several rows. Each shard of a batch has pages and page numbers of its own. Pages of int8 are widened inside
+the products, or a few at a time.
 """
 
 from collections.abc import Callable
@@ -14,13 +15,20 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from s1jax.config import Implementation
+from s1jax.config import CacheDtype, Implementation
 from s1jax.mesh import LOGICAL_AXES, platform
 from s1jax.model import cpu_kernel
-from s1jax.model.accelerator_attention import Heads, KeyValueHeads, cudnn_paged_attention, tpu_paged_attention
+from s1jax.model.accelerator_attention import (
+    Heads,
+    KeyValueHeads,
+    cudnn_paged_attention,
+    tpu_paged_attention,
+    triton_paged_attention,
+)
 from s1jax.model.block_attention import MASKED, add_block, no_blocks, product
 from s1jax.model.config import QwenConfig
 from s1jax.model.projection import precision_of
+from s1jax.model.quantised_heads import Quantised, quantised, widened
 
 PAGE = 64
 """Tokens of a page."""
@@ -29,7 +37,7 @@ _PAGES_PER_BLOCK = 16
 UNUSED_PAGE = 0
 """Belongs to no row: what need not be kept is written there."""
 
-Pages = Float[Array, "kv_heads pages slots head_dim"]
+Pages = Float[Array, "kv_heads pages slots head_dim"] | Quantised
 PageTable = Int[Array, "batch row_pages"]
 """Of each row, the pages of its tokens in their order, then UNUSED_PAGE."""
 
@@ -57,12 +65,19 @@ def num_pages(tokens: int) -> int:
     return -(-tokens // PAGE)
 
 
-def cache_shape(config: QwenConfig, pages: int, tensor: int) -> tuple[int, int, int, int]:
-    """Of one layer's keys or values, on all devices together.
+def abstract_cache(
+    config: QwenConfig, dtype: DTypeLike, cache_dtype: CacheDtype | None, pages: int, tensor: int
+) -> LayerCache:
+    """Shapes and dtypes of one layer's cache, on all devices together; its dtype is `dtype` unless it has one itself.
 
     Where there are fewer heads than shards of the tensor axis, each shard has its own copy of one.
     """
-    return max(config.num_key_value_heads, tensor), pages, PAGE, config.head_dim
+    shape = (max(config.num_key_value_heads, tensor), pages, PAGE, config.head_dim)
+    either: Any = jax.ShapeDtypeStruct(shape, cache_dtype or dtype)
+    if cache_dtype:
+        scales: Any = jax.ShapeDtypeStruct(shape[:-1], jnp.float32)
+        either = Quantised(either, scales)
+    return LayerCache(either, either)
 
 
 def write(
@@ -76,42 +91,52 @@ def write(
 
     Several begin with a page; what is beyond the table is not kept.
     """
-    heads = cache.keys.shape[0]
+    heads = _num_heads(cache.keys)
 
-    def put(pages: Pages, new: KeyValueHeads, table: PageTable, positions: Array) -> Pages:
+    def put(pages: Array, new: Array, table: PageTable, positions: Array) -> Array:
         if cpu_kernel.available(pages.dtype):
             return cpu_kernel.write(pages, new, table, positions[:, 0])
         # Places of all heads are one axis, and the first: by another, TPUs copy the pages to write to them.
         first = pages.shape[1] * jnp.arange(pages.shape[0])[:, None]
         if new.shape[1] == 1:
             page = jnp.take_along_axis(table, positions // PAGE, axis=1)[:, 0]
-            slots = pages.reshape(-1, pages.shape[3])
+            slots = pages.reshape(-1, *pages.shape[3:])
             slots = slots.at[(first + page) * PAGE + positions[:, 0] % PAGE].set(new[:, 0].swapaxes(0, 1))
             return slots.reshape(pages.shape)
         count = num_pages(new.shape[1])
-        new = jnp.pad(new, [(0, 0), (0, count * PAGE - new.shape[1]), (0, 0), (0, 0)])
+        new = jnp.pad(new, [(0, 0), (0, count * PAGE - new.shape[1])] + [(0, 0)] * (new.ndim - 2))
         new = new.reshape(new.shape[0], count, PAGE, *new.shape[2:])
         at = positions[:, :1] // PAGE + jnp.arange(count)
         own = jnp.take_along_axis(table, at, axis=1, mode="fill", fill_value=UNUSED_PAGE)
         of_heads = pages.reshape(-1, *pages.shape[2:])
         return of_heads.at[first[..., None] + own].set(jnp.moveaxis(new, 3, 0)).reshape(pages.shape)
 
-    new = PartitionSpec(_BATCH, None, _TENSOR)
-    put_all = _on_shards(put, (_CACHE, new, _ROWS, _ROWS), _CACHE)
+    new_heads = PartitionSpec(_BATCH, None, _TENSOR)
+    put_all = _on_shards(put, (_CACHE, new_heads, _ROWS, _ROWS), _CACHE)
     copies = heads // key.shape[2]
-    return LayerCache(
-        *(put_all(p, jnp.repeat(x, copies, axis=2), table, positions) for p, x in zip(cache, (key, value), strict=True))
-    )
+
+    def put_heads(pages: Array, new: Array) -> Array:
+        written: Array = put_all(pages, jnp.repeat(new, copies, axis=2), table, positions)
+        return written
+
+    is_quantised = isinstance(cache.keys, Quantised)
+    tokens = LayerCache(quantised(key), quantised(value)) if is_quantised else LayerCache(key, value)
+    return jax.tree.map(put_heads, cache, tokens)
+
+
+def as_kept(cache: LayerCache, x: KeyValueHeads) -> KeyValueHeads:
+    """Keys or values as they are once they are in the cache, so that it makes no difference where they were read."""
+    return widened(quantised(x), x.dtype) if isinstance(cache.keys, Quantised) else x
 
 
 def copy_page(layer: LayerCache, source: Int[Array, " shards"], target: Int[Array, " shards"]) -> LayerCache:
     """One page of each shard copied onto another."""
 
-    def copy(pages: Pages, source: Array, target: Array) -> Pages:
-        return pages.at[:, target].set(pages[:, source])
+    def copy(layer: LayerCache, source: Array, target: Array) -> LayerCache:
+        return jax.tree.map(lambda pages: pages.at[:, target].set(pages[:, source]), layer)
 
-    copy_all = _on_shards(copy, (_CACHE, _ROWS, _ROWS), _CACHE)
-    return LayerCache(*(copy_all(pages, source, target) for pages in layer))
+    copied: LayerCache = _on_shards(copy, (_CACHE, _ROWS, _ROWS), _CACHE)(layer, source, target)
+    return copied
 
 
 def paged_attention(
@@ -129,10 +154,12 @@ def paged_attention(
     written for tokens up to the last of them.
     """
     batch, length, _, head_dim = query.shape
-    name = choose_paged(query.dtype, head_dim) if implementation == "auto" else implementation
-    grouped = query.reshape(batch, length, cache.keys.shape[0], -1, head_dim)
+    is_quantised = isinstance(cache.keys, Quantised)
+    name = choose_paged(query.dtype, head_dim, is_quantised) if implementation == "auto" else implementation
+    grouped = query.reshape(batch, length, _num_heads(cache.keys), -1, head_dim)
     if length == 1:
-        kernel, grouped, positions = KERNELS.get(name, _gathered), grouped[:, 0], positions[:, 0]
+        kernels = QUANTISED_KERNELS if is_quantised else KERNELS
+        kernel, grouped, positions = kernels.get(name, _gathered), grouped[:, 0], positions[:, 0]
         rows = PartitionSpec(_BATCH, _TENSOR)
     else:
         kernel, rows = _each_token if name == "kernel" else _in_blocks, PartitionSpec(_BATCH, None, _TENSOR)
@@ -140,17 +167,22 @@ def paged_attention(
     return attend(grouped, *cache, table, positions).astype(query.dtype).reshape(query.shape)
 
 
-def choose_paged(dtype: DTypeLike, head_dim: int) -> Implementation:
+def choose_paged(dtype: DTypeLike, head_dim: int, is_quantised: bool) -> Implementation:
     """What "auto" takes on the platform compiled for; "plain" gathers."""
     if cpu_kernel.available(dtype):
         return "kernel"
     # The accelerators' kernels multiply float32 in less than float32.
     if dtype != jnp.float32:
-        if platform() in ("gpu", "cuda"):
+        # Triton's blocks are powers of two.
+        if platform() in ("gpu", "cuda") and (not is_quantised or head_dim.bit_count() == 1):
             return "cudnn"
-        if platform() == "tpu" and head_dim % 128 == 0:
+        if platform() == "tpu" and head_dim % 128 == 0 and not is_quantised:
             return "splash"
     return "plain"
+
+
+def _num_heads(pages: Pages) -> int:
+    return (pages.integers if isinstance(pages, Quantised) else pages).shape[0]
 
 
 def _on_shards(function: Callable[..., Any], in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec) -> Any:
@@ -160,11 +192,15 @@ def _on_shards(function: Callable[..., Any], in_specs: tuple[PartitionSpec, ...]
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _of_rows(pages: Pages, table: PageTable) -> Float[Array, "batch kv_heads tokens head_dim"]:
-    """A copy of the rows' pages, in their order."""
-    # From (heads, rows, pages, slots, head_dim).
-    gathered = pages[:, table].swapaxes(0, 1)
-    return gathered.reshape(*gathered.shape[:2], -1, pages.shape[-1])
+def _of_rows(pages: Pages, table: PageTable) -> Any:
+    """A copy of the rows' pages, in their order: (batch, kv_heads, tokens, head_dim), and scales without the last."""
+
+    def gather(pages: Array) -> Array:
+        # From (heads, rows, pages, slots, head_dim).
+        gathered = pages[:, table].swapaxes(0, 1)
+        return gathered.reshape(*gathered.shape[:2], -1, *pages.shape[3:])
+
+    return jax.tree.map(gather, pages)
 
 
 def _gathered(
@@ -172,17 +208,24 @@ def _gathered(
 ) -> Float[Array, "batch kv_heads queries head_dim"]:
     """The formula, over a copy of the pages."""
     head_dim = query.shape[-1]
-    keys, values = _of_rows(keys, table), _of_rows(values, table)
+    key, value = _of_rows(keys, table), _of_rows(values, table)
     product_of = partial(jnp.einsum, precision=precision_of(query), preferred_element_type=jnp.float32)
-    scores = product_of("bkgd,bksd->bkgs", query, keys) * head_dim**-0.5
-    seen = jnp.arange(keys.shape[2]) <= last[:, None, None, None]
-    scores = jnp.where(seen, scores, -jnp.inf)
-    # What others left in these pages may be no numbers, which a weight of zero would not keep out.
-    values = jnp.where(jnp.swapaxes(seen, 2, 3), values, 0)
+    if isinstance(key, Quantised):
+        scores = product_of("bkgd,bksd->bkgs", query, key.integers.astype(query.dtype)) * key.scales[:, :, None]
+    else:
+        scores = product_of("bkgd,bksd->bkgs", query, key)
+    seen = jnp.arange(scores.shape[3]) <= last[:, None, None, None]
+    scores = jnp.where(seen, scores * head_dim**-0.5, -jnp.inf)
     # Divided by their sum only after the product: one pass less over the scores, which are as long as the rows.
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    context = product_of("bkgs,bksd->bkgd", weights.astype(values.dtype), values)
+    # What others left in these pages may be no numbers, which a weight of zero would not keep out.
+    if isinstance(value, Quantised):
+        weights *= jnp.where(seen, value.scales[:, :, None], 0)
+        value = value.integers.astype(query.dtype)
+    else:
+        value = jnp.where(jnp.swapaxes(seen, 2, 3), value, 0)
+    context = product_of("bkgs,bksd->bkgd", weights.astype(value.dtype), value)
     return context / total
 
 
@@ -209,7 +252,7 @@ def _in_blocks(query: Piece, keys: Pages, values: Pages, table: PageTable, posit
 
     def add(i: Array, sums: Any) -> Any:
         pages = jax.lax.dynamic_slice_in_dim(table, i * _PAGES_PER_BLOCK, _PAGES_PER_BLOCK, axis=1)
-        key, value = _of_rows(keys, pages), _of_rows(values, pages)
+        key, value = (widened(_of_rows(x, pages), query.dtype) for x in (keys, values))
         slots = i * block + jnp.arange(block)
         # What others left in pages may be no numbers, which a weight of zero would not keep out.
         written = jnp.repeat(pages != UNUSED_PAGE, PAGE, axis=1) & (slots <= positions[:, -1:])
@@ -232,3 +275,5 @@ KERNELS: dict[str, Callable[..., Array]] = {
     "cudnn": cudnn_paged_attention,
     "splash": tpu_paged_attention,
 }
+QUANTISED_KERNELS: dict[str, Callable[..., Array]] = {"kernel": _kernel, "cudnn": triton_paged_attention}
+"""Over pages of int8, which cuDNN does not take."""

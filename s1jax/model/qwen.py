@@ -16,12 +16,12 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from s1jax.config import Implementation, Quantisation, Remat
+from s1jax.config import CacheDtype, Implementation, Quantisation, Remat
 from s1jax.mesh import Axes, constrain, named_sharding
 from s1jax.model.config import QwenConfig
 from s1jax.model.layers import Decoder, DecoderLayer, Hidden, Inputs, Weights
 from s1jax.model.lora import Lora, split_adapters
-from s1jax.model.paged_attention import CACHE_AXES, KVCache, LayerCache, PageTable, cache_shape
+from s1jax.model.paged_attention import CACHE_AXES, KVCache, LayerCache, PageTable, abstract_cache
 from s1jax.model.projection import is_product, look_up, project
 from s1jax.model.rope import rope_frequencies, rope_rotations
 
@@ -58,7 +58,7 @@ class Qwen:
     costs, "heads" queries, keys and values too, "full" only the input. "offload" moves those and the up projection to
     the host's memory and back while the device computes. With `lora`, adapters are beside the weights: those are what
     is trained, in `param_dtype`, and the weights are frozen, in `base_dtype`. With `quantisation`, the weights of
-    projections are integers with scales.
+    projections are integers with scales, with `cache_dtype`, those of keys and values in a cache.
     """
 
     config: QwenConfig
@@ -69,6 +69,7 @@ class Qwen:
     quantisation: Quantisation | None = None
     lora: Lora | None = None
     base_dtype: DTypeLike = jnp.bfloat16
+    cache_dtype: CacheDtype | None = None
 
     def _declare(self, rngs: nnx.Rngs | None, stacked: bool = True) -> Decoder:
         dtype = self.base_dtype if self.lora else self.param_dtype
@@ -132,12 +133,16 @@ class Qwen:
 
     def init_cache(self, pages: int) -> KVCache:
         """An empty cache of so many pages, those and heads spread over the mesh in use."""
-        shape = cache_shape(self.config, pages, jax.sharding.get_abstract_mesh().shape.get("tensor", 1))
+        layer = self.abstract_cache(pages, jax.sharding.get_abstract_mesh().shape.get("tensor", 1))
 
-        def empty() -> Array:
-            return constrain(jnp.zeros(shape, self.dtype), *CACHE_AXES)
+        def empty(of: jax.ShapeDtypeStruct) -> Array:
+            return constrain(jnp.zeros(of.shape, of.dtype), *CACHE_AXES[: of.ndim])
 
-        return tuple(LayerCache(empty(), empty()) for _ in range(self.config.num_hidden_layers))
+        return tuple(jax.tree.map(empty, layer) for _ in range(self.config.num_hidden_layers))
+
+    def abstract_cache(self, pages: int, tensor: int) -> LayerCache:
+        """Shapes and dtypes of one layer's cache of so many pages, on all devices of a tensor axis together."""
+        return abstract_cache(self.config, self.dtype, self.cache_dtype, pages, tensor)
 
     def hidden_states(
         self,

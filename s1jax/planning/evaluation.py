@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from operator import eq
 
-from s1jax.config import LOG_NORMAL, CacheSection, EvaluateConfig, EvaluatePlanSection, GenerateConfig
+from s1jax.config import LOG_NORMAL, EvaluateConfig, EvaluatePlanSection, GenerateConfig
 from s1jax.decoding.engine import STEPS_PER_CHUNK
 from s1jax.decoding.pages import bucket
 from s1jax.decoding.workload import SIGMA, lengths_of
@@ -110,14 +110,14 @@ def _plan_step(config: EvaluateConfig, target: Target, longest: int) -> Generati
     if config.cache.tokens is not None:
         return plan_generation(asked, target, target.devices())
     # A small cache first, for what weights and a step's arithmetic leave.
-    small = plan_generation(replace(asked, cache=CacheSection(longest)), target, target.devices())
+    small = plan_generation(replace(asked, cache=replace(config.cache, tokens=longest)), target, target.devices())
     memory = small.memory
     room = small.usable_bytes - _MARGIN - memory.parameters
     fitting = int(room / (memory.batch / small.pool_tokens))
     tokens = min(fitting, small.rows * longest)
     if tokens <= longest:
         return small
-    return plan_generation(replace(asked, cache=CacheSection(tokens)), target, target.devices())
+    return plan_generation(replace(asked, cache=replace(config.cache, tokens=tokens)), target, target.devices())
 
 
 def seconds_by(step: GenerationPlan, live: Callable[[Sequence[int]], float]) -> Callable[[Sequence[int]], float]:

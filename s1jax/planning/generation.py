@@ -22,7 +22,7 @@ from s1jax.decoding.setup import rows_of, sampling_of
 from s1jax.device_memory import GIB
 from s1jax.mesh import batch_shards, device_bytes, make_mesh, named_sharding
 from s1jax.model.load import decoding_model
-from s1jax.model.paged_attention import CACHE_AXES, PAGE, KVCache, LayerCache, cache_shape, num_pages
+from s1jax.model.paged_attention import CACHE_AXES, PAGE, KVCache, num_pages
 from s1jax.model.placement import Machine, decoding_mesh_sizes
 from s1jax.model.qwen import Qwen
 from s1jax.paths import any_path, write_whole
@@ -154,7 +154,7 @@ def plan_generation(config: GenerateConfig, target: Target, devices: Sequence[ja
     copies = len(devices) // target.devices_per_host if config.mesh.copies else 1
     devices = devices[: len(devices) // copies]
     architecture = resolve_architecture(config.model.path)
-    model = decoding_model(config.model, architecture)
+    model = decoding_model(config.model, architecture, config.cache.dtype)
     machine = Machine(len(devices), target.devices_per_host, usable_bytes(target.hardware))
     mesh = make_mesh(*decoding_mesh_sizes(config.mesh, model, machine), devices)
     context = architecture.max_position_embeddings
@@ -217,9 +217,12 @@ def plan_generation(config: GenerateConfig, target: Target, devices: Sequence[ja
 
 
 def _abstract_cache(model: Qwen, mesh: Mesh, pages: int) -> KVCache:
-    shape = cache_shape(model.config, pages, mesh.shape["tensor"])
-    leaf: Any = jax.ShapeDtypeStruct(shape, model.dtype, sharding=named_sharding(mesh, CACHE_AXES, shape))
-    return (LayerCache(leaf, leaf),) * model.config.num_hidden_layers
+    def on_mesh(of: Any) -> Any:
+        sharding = named_sharding(mesh, CACHE_AXES[: of.ndim], of.shape)
+        return jax.ShapeDtypeStruct(of.shape, of.dtype, sharding=sharding)
+
+    layer = jax.tree.map(on_mesh, model.abstract_cache(pages, mesh.shape["tensor"]))
+    return (layer,) * model.config.num_hidden_layers
 
 
 def _abstract_shared(vocab_size: int) -> Shared:

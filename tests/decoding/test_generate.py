@@ -249,6 +249,9 @@ def test_killed_in_the_middle_and_started_again_every_prompt_is_there_once(direc
     refused = run(directory, f"prompts={prompts}", f"output={target}", "sampling.seed=3")
     assert refused.returncode == 1
     assert "written with other values of sampling" in refused.stderr
+    refused = run(directory, f"prompts={prompts}", f"output={target}", "cache.dtype=int8")
+    assert refused.returncode == 1
+    assert "written with other values of cache.dtype" in refused.stderr
 
 
 def test_every_bad_prompt_is_listed_before_anything_is_computed(directory: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Contexts that are computed piece by piece, beginnings that rows share, and how little the others wait for them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -18,6 +19,7 @@ from s1jax.decoding.prefill_queue import PIECE
 from s1jax.decoding.profiles import PreparedPrompt
 from s1jax.decoding.requests import Request
 from s1jax.decoding.results import Finished, Generation
+from s1jax.decoding.sampling import Sampling
 from s1jax.decoding.workload import no_words, unending
 from s1jax.model.load import LoadedModel
 from s1jax.model.paged_attention import PAGE, num_pages
@@ -167,6 +169,22 @@ def test_long_prompts_that_begin_alike_end_as_the_whole_model_says(data: int, te
             drawn = scores[len(request.prompt.prompt_ids) - 1 : -1]
             chosen = np.take_along_axis(drawn, np.array(generation.output_ids)[:, None], axis=1)[:, 0]
             np.testing.assert_allclose(chosen, drawn.max(axis=1), atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("data", "tensor"), [(1, 1), (4, 4)])
+def test_with_an_int8_cache_prompts_that_share_pages_end_as_they_would_alone(data: int, tensor: int) -> None:
+    """Two samples of each: the second copies the first's last page. All have their whole budgets."""
+    loaded = model(data, tensor)
+    loaded = replace(loaded, model=replace(loaded.model, cache_dtype="int8"))
+    some = requests(4, begin_alike=PIECE + 70, length=PIECE + 200)
+    some = [replace(request, sampling=Sampling(temperature=1.0)) for request in some]
+    some += [replace(request, index=request.index + 4, sample=1) for request in some]
+    found = results(engine_of(loaded, batch_size=8), some)
+    assert found == results(engine_of(loaded, batch_size=8, share=False), some)
+    for generation in found.values():
+        assert len(generation.output_ids) == 70
+    assert found != results(engine_of(model(data, tensor), batch_size=8), some)
 
 
 @pytest.mark.slow

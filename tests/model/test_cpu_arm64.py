@@ -14,6 +14,7 @@ import pytest
 from s1jax.config import Quantisation
 from s1jax.model import cpu_kernel
 from s1jax.model.quantisation import quantise
+from s1jax.model.quantised_heads import quantised
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 TYPES = {"float32": 11, "bfloat16": 16, "int32": 4, "int8": 2, "int4": 21}
@@ -83,7 +84,10 @@ def calls() -> Iterator[Call]:
         table = rng.permutation(batch * pages).reshape(batch, pages).astype(np.int32)
         last = rng.integers(0, pages * slots, batch).astype(np.int32)
         keys, values = (normal(*cache, half=half) for _ in range(2))
-        yield Call("s1jax_attend", [normal(*query), keys, values, table, last], [query])
+        none = jnp.zeros((0, 0, 0))
+        yield Call("s1jax_attend", [normal(*query), keys, none, values, none, table, last], [query])
+        int8 = (*quantised(keys), *quantised(values))
+        yield Call("s1jax_attend", [normal(*query), *int8, table, last], [query])
 
         # As many tokens as there are places: a result is not a copy of the argument here.
         tokens, first = normal(batch, pages * slots, kv_heads, size), np.zeros(batch, np.int32)

@@ -1,5 +1,7 @@
 """One model, many ways to run it: scanned or not, rematerialised or not, cached or not, on any mesh."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,6 +161,35 @@ def test_a_cache_filled_in_pieces_gives_the_same_hidden_states(one_device) -> No
         at = (starts + offset)[:, None]
         hidden, cache = step(np.take_along_axis(input_ids, at, 1), at, cache)
         np.testing.assert_allclose(hidden, np.take_along_axis(whole, at[..., None], 1), rtol=0, atol=1e-5)
+
+
+def test_with_an_int8_cache_prefill_and_decoding_see_the_same_and_almost_what_was_there(one_device) -> None:
+    name, params, _ = one_device
+    exact = build(name)
+    model, unrolled = replace(exact, cache_dtype="int8"), exact.unstack(params)
+    input_ids = np.random.default_rng(3).integers(0, 368, (3, 20))
+    positions, table = np.tile(np.arange(20), (3, 1)), jnp.array([[3], [1], [2]])
+
+    @jax.jit
+    def run(ids, positions, cache):
+        return model.hidden_states(unrolled, ids, positions, cache=cache, page_table=table)
+
+    whole, at_once = run(input_ids, positions, model.init_cache(4))
+    hidden, cache = run(input_ids[:, :12], positions[:, :12], model.init_cache(4))
+    parts = [hidden]
+    for at in range(12, 20):
+        hidden, cache = run(input_ids[:, at : at + 1], positions[:, at : at + 1], cache)
+        parts.append(hidden)
+    # Sums in another order may put a number on the other side of a half: to the next integer, and what follows differs.
+    pairs = [(x, y) for x, y in zip(jax.tree.leaves(at_once), jax.tree.leaves(cache), strict=True) if x.ndim == 4]
+    steps = np.stack([abs(x.astype(int) - y.astype(int))[:, table[:, 0], :20] for x, y in pairs])
+    assert steps.max() <= 1
+    assert steps.mean() < 0.01
+    alike = ~np.logical_or.accumulate(steps.any(axis=(0, 1, 4)), axis=1)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1)[alike], whole[alike], rtol=0, atol=1e-5)
+    plain, _ = exact.hidden_states(params, jnp.asarray(input_ids), jnp.asarray(positions))
+    logits, right = exact.logits(params, whole), exact.logits(params, plain)
+    assert 1e-4 < jnp.linalg.norm(logits - right) / jnp.linalg.norm(right) < 2e-2
 
 
 def test_a_cache_takes_unrolled_parameters_only(one_device) -> None:

@@ -53,3 +53,17 @@ def test_eight_bits_are_widened_inside_the_products(target: str, tmp_path: Path)
     assert content["bytes_per_step"] <= 1.10 * content["least_bytes_per_step"]
     weights = LAYERS + 2 * 2 * 152_064 * 5120
     assert content["memory"]["parameters"] == pytest.approx(weights / chips, rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_cache_of_int8_has_room_for_more_rows(tmp_path: Path) -> None:
+    words = ("decode.py", "generate", "model.path=Qwen/Qwen2.5-0.5B-Instruct", "prompt=x", "--plan", "h100:1x1")
+    sizes = ("batch_size=16", "max_total_tokens=2048", "budget.max_answer_tokens=512")
+    plain = plan(tmp_path / "plain.json", *words, *sizes)
+    int8 = plan(tmp_path / "int8.json", *words, *sizes, "cache.dtype=int8")
+    # Keys and values of 24 layers with 2 heads of 64, in pages of 64 tokens, of which one is nobody's.
+    tokens = 16 * 2048 + 64
+    assert plain["memory"]["batch"] == tokens * 24 * 2 * 2 * 64 * 2
+    assert int8["memory"]["batch"] == tokens * 24 * 2 * 2 * (64 + 4)
+    assert int8["rows_that_fit"] > 1.5 * plain["rows_that_fit"]
+    assert int8["bytes_per_step"] < plain["bytes_per_step"]

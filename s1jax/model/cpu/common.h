@@ -225,7 +225,7 @@ void share(ffi::ThreadPool& threads, int64_t count, const Work& work, bool ahead
   while (progress->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
 }
 
-// Calls f with the data of a cache, float32 or bfloat16, as what it is.
+// Calls f with data of float32 or bfloat16 as what it is.
 template <class F>
 ffi::Error with_type(const ffi::AnyBuffer& buffer, F f) {
   const void* data = buffer.untyped_data();
@@ -233,12 +233,18 @@ ffi::Error with_type(const ffi::AnyBuffer& buffer, F f) {
   return ffi::Error::Success();
 }
 
+// Calls f with the data of a cache of any type.
+template <class F>
+ffi::Error with_cache(const ffi::AnyBuffer& buffer, F f) {
+  if (buffer.element_type() != ffi::S8) return with_type(buffer, f);
+  return f(static_cast<const int8_t*>(buffer.untyped_data())), ffi::Error::Success();
+}
+
 // Calls f with a weight of any type that there is a load for. The scales, (outputs, groups), are those of four bits.
 template <class F>
 ffi::Error with_weight(const ffi::AnyBuffer& weight, const ffi::BufferR2<ffi::F32>& scales, F f) {
   const void* data = weight.untyped_data();
-  if (weight.element_type() == ffi::S8) return f(static_cast<const int8_t*>(data)), ffi::Error::Success();
-  if (weight.element_type() != ffi::S4) return with_type(weight, f);
+  if (weight.element_type() != ffi::S4) return with_cache(weight, f);
   const int64_t group = weight.dimensions()[1] / scales.dimensions()[1];
   f(Int4{static_cast<const uint8_t*>(data), scales.typed_data(), 0, __builtin_ctzll(group)});
   return ffi::Error::Success();

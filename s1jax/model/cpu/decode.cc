@@ -1,5 +1,5 @@
-// What decoding does most, for XLA on a CPU, over float32 activations and caches of float32 or bfloat16: products with a
-// weight stored (outputs, inputs), of those or of integers, and attention of one token over a cache.
+// What decoding does most, for XLA on a CPU, over float32 activations and caches of float32, bfloat16 or int8: products
+// with a weight stored (outputs, inputs), of those or of integers, and attention of one token over a cache.
 //
 // With few rows the time is that of reading the weight. Every weight is read from memory once, in the order in which it
 // is stored, and while one part is computed the next is fetched; the rows of x stay in the caches.
@@ -144,15 +144,18 @@ void weigh(const float* weights, const Seen<V>& values, int64_t queries, float* 
 }
 
 // Softmax attention of each row's queries, (rows, kv_heads, queries, head_dim) and scaled already, over its tokens
-// 0..last, which lie in the pages that its table lists, of (kv_heads, pages, slots, head_dim).
-ffi::Error attend(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> query, ffi::AnyBuffer keys, ffi::AnyBuffer values,
-                  ffi::BufferR2<ffi::S32> table, ffi::BufferR1<ffi::S32> last, ffi::ResultBufferR4<ffi::F32> context) {
+// 0..last, which lie in the pages that its table lists, of (kv_heads, pages, slots, head_dim). Integers have scales,
+// (kv_heads, pages, slots).
+ffi::Error attend(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> query, ffi::AnyBuffer keys, ffi::BufferR3<ffi::F32> of_keys,
+                  ffi::AnyBuffer values, ffi::BufferR3<ffi::F32> of_values, ffi::BufferR2<ffi::S32> table,
+                  ffi::BufferR1<ffi::S32> last, ffi::ResultBufferR4<ffi::F32> context) {
   const auto shape = query.dimensions(), cache = keys.dimensions();
   const int64_t heads = shape[1], queries = shape[2], size = shape[3], slots = cache[2], width = table.dimensions()[1];
   const int64_t of_head = cache[1] * slots * size;
-  return with_type(keys, [&, x = query.typed_data(), y = context->typed_data(), of_rows = table.typed_data(),
-                          last = last.typed_data()](auto* key) {
+  return with_cache(keys, [&, x = query.typed_data(), y = context->typed_data(), of_rows = table.typed_data(),
+                           last = last.typed_data()](auto* key) {
     const auto* value = static_cast<decltype(key)>(values.untyped_data());
+    const float *key_scales = of_keys.typed_data(), *value_scales = of_values.typed_data();
     share(pool, shape[0] * heads, [=](int64_t i, int64_t) {
       static thread_local std::vector<float> scores;
       const int64_t row = i / heads, head = i % heads * of_head, at = i * queries * size;
@@ -160,23 +163,33 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> query, ffi::AnyB
       const Seen<std::remove_cv_t<std::remove_pointer_t<decltype(key)>>> k{key + head, of_rows + row * width, seen, slots, size};
       auto v = k;
       v.pages = value + head;
+      // Multiplies what is there of each query and token by the token's scale.
+      const auto scale = [&](const float* scales) {
+        if (!std::is_same_v<decltype(key), const int8_t*>) return;
+        Seen<float>{scales + head / size, k.table, seen, slots, 1}.each_page([&](int64_t begin, auto* of, int64_t count) {
+          for (int64_t q = 0; q < queries; q++)
+            for (int64_t s = 0; s < count; s++) scores[q * seen + begin + s] *= of[s];
+        });
+      };
       scores.resize(queries * seen);
       k.each_page([&](int64_t begin, auto* page, int64_t count) {
         products(queries, size, count, x + at, page, scores.data() + begin, seen, 0);
       });
+      scale(key_scales);
       for (int64_t q = 0; q < queries; q++) softmax(scores.data() + q * seen, seen, 1);
+      scale(value_scales);
       for (int64_t q = 0; q < queries; q += kAtOnce)
         weigh(scores.data() + q * seen, v, queries - q, y + at + q * size);
     });
   });
 }
 
-// Puts tokens, (rows, tokens, kv_heads, head_dim), into the pages of their rows, the first at its row's position; what has
-// no page is not kept. The cache is updated in place.
+// Puts tokens, (rows, tokens, kv_heads, head_dim), or their scales, which have no head_dim, into the pages of their rows, the
+// first at its row's position; what has no page is not kept. The cache is updated in place.
 ffi::Error write(ffi::AnyBuffer, ffi::AnyBuffer tokens, ffi::BufferR2<ffi::S32> table, ffi::BufferR1<ffi::S32> first,
                  ffi::Result<ffi::AnyBuffer> cache) {
   const auto shape = tokens.dimensions(), pages = cache->dimensions();
-  const int64_t slots = pages[2], width = table.dimensions()[1], bytes = pages[3] * ffi::ByteWidth(tokens.element_type());
+  const int64_t slots = pages[2], width = table.dimensions()[1], bytes = cache->size_bytes() / (pages[0] * pages[1] * slots);
   const char* from = static_cast<const char*>(tokens.untyped_data());
   char* to = static_cast<char*>(cache->untyped_data());
   for (int64_t i = 0; i < shape[0] * shape[1] * shape[2]; i++, from += bytes) {
