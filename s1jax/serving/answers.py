@@ -80,8 +80,6 @@ class Choice:
         if ask.body.return_token_ids:
             report["prompt_ids"] = list(self.request.prompt.prompt_ids)
             report["output_ids"], report["forced"] = self.output_ids, self.forced
-        if ask.body.mark_forced:
-            report["pieces"] = [vars(piece) for piece in self.visible(ask, self.pieces)]
         return report
 
     def visible(self, ask: Ask, pieces: Sequence[Piece]) -> list[Piece]:
@@ -141,6 +139,10 @@ class Answer:
         reasoning = None if self._ask.exclude else choice.text("reasoning")
         thoughts = {"reasoning": reasoning, "reasoning_content": reasoning}
         content = choice.text("content")
+        report = choice.report(self._ask)
+        if self._ask.body.mark_forced:
+            # In a stream, each piece has come with its own mark.
+            report["pieces"] = [vars(piece) for piece in choice.visible(self._ask, choice.pieces)]
         said = {"message": {"role": "assistant", "content": content, **thoughts}} if self._chat else {"text": content}
         return {
             "index": index,
@@ -148,7 +150,7 @@ class Answer:
             **({} if self._chat else thoughts),
             "logprobs": choice.logprobs_json(self._ask),
             "finish_reason": choice.finish_reason,
-            "s1jax": choice.report(self._ask),
+            "s1jax": report,
         }
 
     def first_part(self) -> Json:

@@ -39,8 +39,8 @@ def test_matrices_are_multiplied_in_any_arrangement(
         transpose_a=transpose_a,
         transpose_b=transpose_b,
     )
-    # A sum of n products is of the size of n's root and rounded n times, each time by half an epsilon at most of what it
-    # is by then; such errors add up to their number's root, so what is lost grows like n.
+    # A sum of n products is of the size of n's root and rounded n times, each time by half an epsilon at most of what
+    # it is by then; such errors add up to their number's root, so what is lost grows like n.
     np.testing.assert_allclose(product, exact, rtol=1e-5, atol=np.finfo(np.float32).eps * max(200, inputs))
 
 
