@@ -48,7 +48,8 @@ class HttpError(Exception):
 
     def response(self) -> JSONResponse:
         """The answer."""
-        headers = {"retry-after": str(_RETRY_SECONDS)} if self.status == 429 else {}
+        # Of one who was too slow, what comes late is no request of its own.
+        headers = {429: {"retry-after": str(_RETRY_SECONDS)}, 408: {"connection": "close"}}.get(self.status)
         return JSONResponse(self.body(), self.status, headers)
 
 

@@ -79,6 +79,8 @@ def serve(config: ServeConfig) -> None:
             timeout_graceful_shutdown=max(1, round(section.drain_seconds)),
         )
     )
+    # Who reads the line below may connect at once.
+    listening.listen()
     host, port = listening.getsockname()[:2]
     _log(f"serving {model} at http://{f'[{host}]' if ':' in host else host}:{port}")
     try:

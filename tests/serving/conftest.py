@@ -28,6 +28,13 @@ class Server:
         return httpx.Client(base_url=self.url, timeout=60)
 
 
+def memory(server: Server) -> int:
+    """What a server's process has in memory, in KiB."""
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{server.process.pid}/status").read_text())
+    assert found
+    return int(found[1])
+
+
 @contextmanager
 def running(model: Path, log: Path, words: Sequence[str] = (), **environment: str) -> Iterator[Server]:
     """`decode.py serve` at a port of its own, until the block is left."""

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import random
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 
 from s1jax.decoding.profiles import PROFILES, tokenize_profile
 from s1jax.tokenizer import load_tokenizer
-from tests.serving.conftest import Server
+from tests.serving.conftest import Server, memory
 
 QUESTIONS = ["How many apples does she have?", "the sum of 3 and 4", "Let me check this again step by step. So 12 * 5"]
 KINDS = 100
@@ -63,13 +62,6 @@ def check_budget(body: dict[str, Any], answer: dict[str, Any], endings: set[tupl
         assert report["forced"][thinking]
     else:
         assert thinking >= body.get("min_thinking_tokens", 0)
-
-
-def memory(server: Server) -> int:
-    """What the process has in memory, in KiB."""
-    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{server.process.pid}/status").read_text())
-    assert found
-    return int(found[1])
 
 
 async def ask(client: httpx.AsyncClient, body: dict[str, Any], *, leave: bool) -> dict[str, Any] | None:
