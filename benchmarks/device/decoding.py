@@ -26,6 +26,8 @@ from s1jax.planning.hlo import Program
 
 _MOST_OF_MEMORY = 0.9
 """Of what jax may take; the rest is for what a step computes."""
+_UNDIVIDED = {"xla_gpu_experimental_force_split_k": "1"}
+"""Keeps XLA for GPUs from dividing a product's sums among blocks that each write a part of the result."""
 
 
 def run(report: Report, sizes: Sizes) -> None:
@@ -79,12 +81,15 @@ def _decode(report: Report, case: str, model: Qwen, params: Params, length: int,
     compiled_in = time.perf_counter() - started
     text = chunk.as_text()
 
-    def take() -> Any:
+    def take(chunk: Any = chunk) -> Any:
         cache[0], *others = chunk(params, shared, cache[0], table, state)
         return others
 
     seconds = seconds_of(take, repeats=3) / STEPS_PER_CHUNK
     parts = shares_of_time(take)
+    undivided = None
+    if device.platform == "gpu":
+        undivided = seconds_of(partial(take, lowered.compile(_UNDIVIDED)), repeats=3) / STEPS_PER_CHUNK
     weights = _bytes(params)
     if not model.config.tie_word_embeddings:
         weights -= params["embedding"].nbytes
@@ -100,6 +105,8 @@ def _decode(report: Report, case: str, model: Qwen, params: Params, length: int,
         "GB a step": (weights + filled) / 1e9,
         "GB/s": (weights + filled) / seconds / 1e9,
     }
+    if undivided is not None:
+        row["ms with undivided sums"] = 1e3 * undivided
     if hardware is not None:
         target = Target(hardware, (1, 1))
         program = Program(text)
