@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from s1jax.config import DecodingMeshSection, ModelSection
+from s1jax.config import CacheDtype, DecodingMeshSection, ModelSection
 from s1jax.decoding.budget import ThinkingBudget
 from s1jax.decoding.engine import Engine
 from s1jax.decoding.profiles import DelimiterProfile, load_profile, prepare_prompt, profile_of_model
@@ -16,13 +16,17 @@ from s1jax.model.load import LoadedModel, load_model
 DEFAULT_BUDGET = ThinkingBudget(max_thinking_tokens="auto", max_answer_tokens=1024)
 
 
-def load(model: ModelSection | str, mesh: DecodingMeshSection | None = None) -> LoadedModel:
+def load(
+    model: ModelSection | str, mesh: DecodingMeshSection | None = None, cache_dtype: CacheDtype | None = None
+) -> LoadedModel:
     """Read a model from a directory or hub id onto this process's devices, in bfloat16 unless the section says else.
+
+    `cache_dtype` is that of keys and values while it decodes, None: that of the computation.
 
     Raises FileNotFoundError, UnsupportedConfigError, CheckpointError or MeshError.
     """
     section = ModelSection(path=model) if isinstance(model, str) else model
-    return load_model(section, mesh or DecodingMeshSection())
+    return load_model(section, mesh or DecodingMeshSection(), cache_dtype)
 
 
 def generate(

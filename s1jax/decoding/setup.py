@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from s1jax.config import EvaluateConfig, GenerateConfig, SamplerSection, ServeConfig
-from s1jax.decoding.engine import Engine
+from s1jax.decoding.engine import STEPS_PER_CHUNK, Engine
 from s1jax.decoding.profiles import ProfileIds, load_profile, profile_of_model
 from s1jax.decoding.requests import Request, problem_of
 from s1jax.decoding.sampling import Sampling
@@ -17,7 +17,7 @@ from s1jax.mesh import batch_shards, divisible_rows
 from s1jax.model.config import QwenConfig
 from s1jax.model.hf import check_sizes
 from s1jax.model.hf_files import resolve_model
-from s1jax.model.load import decoding_model, load_model
+from s1jax.model.load import LoadedModel, decoding_model, load_model
 from s1jax.tokenizer import load_tokenizer
 
 _ROWS_PER_SHARD = {"cpu": 8}
@@ -72,6 +72,20 @@ def build_engine(
 ) -> Engine:
     """Read the weights, and return what generates with them, with rows for so many requests if it chooses them."""
     loaded = load_model(config.model, config.mesh, config.cache.dtype)
+    return engine_of(loaded, config, setup, num_requests, logprobs=logprobs, share=share)
+
+
+def engine_of(
+    loaded: LoadedModel,
+    config: GenerateConfig | EvaluateConfig | ServeConfig,
+    setup: Setup,
+    num_requests: int = sys.maxsize,
+    *,
+    logprobs: bool = False,
+    share: bool = True,
+    steps_per_chunk: int = STEPS_PER_CHUNK,
+) -> Engine:
+    """What generates with a model that has been read, as the configuration has it."""
     return Engine(
         loaded,
         setup.tokenizer,
@@ -80,6 +94,7 @@ def build_engine(
         cache_tokens=config.cache.tokens,
         logprobs=logprobs,
         share=share,
+        steps_per_chunk=steps_per_chunk,
     )
 
 

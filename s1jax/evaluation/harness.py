@@ -20,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from s1jax.chat_template import render_chat
 from s1jax.command import errors_end_all
 from s1jax.compilation_cache import keep_compilations
-from s1jax.config import DecodingMeshSection, ModelSection
+from s1jax.config import CacheSection, DecodingMeshSection, ModelSection
 from s1jax.decoding.budget import ThinkingBudget
 from s1jax.decoding.engine import Engine
 from s1jax.decoding.profiles import load_profile, prepare_prompt, profile_of_model
@@ -52,6 +52,9 @@ class S1jaxLM(TemplateLM):
         self,
         pretrained: str,
         dtype: str = "bfloat16",
+        weights: str | None = None,
+        adapter: str | None = None,
+        cache_dtype: str | None = None,
         profile: str = "s1",
         batch_size: int | str = 8,
         max_length: int | None = None,
@@ -69,6 +72,9 @@ class S1jaxLM(TemplateLM):
         Args:
             pretrained: model directory or hub id.
             dtype: of the computation; s1 evaluated in float32, in which batches do not change greedy results.
+            weights: int8 or int4 to quantise them while they are read, as `model.weights`.
+            adapter: directory or hub id of an adapter to merge into the model, as `model.adapter`.
+            cache_dtype: int8 for keys and values of few bits, as `cache.dtype`.
             profile: delimiters of thinking requests, as `budget.profile`.
             batch_size: rows computed at once.
             max_length: prompt and output together, in tokens; None: the model's context.
@@ -86,7 +92,9 @@ class S1jaxLM(TemplateLM):
         super().__init__()
         if max_batch_size is not None or not str(batch_size).isdecimal():
             raise ValueError("s1jax needs a --batch_size that is a number, and no --max_batch_size")
-        section = ModelSection(path=pretrained, dtype=dtype)  # type: ignore[arg-type]
+        # Words of a command line: the sections check them.
+        section = ModelSection(path=pretrained, dtype=dtype, weights=weights, adapter=adapter)  # type: ignore[arg-type]
+        cache = CacheSection(dtype=cache_dtype)  # type: ignore[arg-type]
         delimiters = load_profile(profile)
         mesh = DecodingMeshSection(
             fsdp=fsdp, tensor=tensor, coordinator=coordinator, num_processes=num_processes, process_id=process_id
@@ -97,7 +105,7 @@ class S1jaxLM(TemplateLM):
             os.environ["LOCAL_RANK"] = str(processes.index)
         if processes.index == 0:
             say_rounding(section.dtype, "dtype=float32")
-        self._loaded = load_model(section, mesh)
+        self._loaded = load_model(section, mesh, cache.dtype)
         self.tokenizer, config = self._loaded.tokenizer, self._loaded.model.config
         # What ends a text is the model's own where it does not think, too.
         plain = replace(load_profile("none"), eos=delimiters.eos)

@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import time
+from functools import partial
 from pathlib import PurePath
 
 import uvicorn
@@ -17,7 +18,7 @@ from s1jax.decoding.hosts import start_hosts
 from s1jax.decoding.profiles import prepare_prompt
 from s1jax.decoding.requests import Request
 from s1jax.decoding.sampling import GREEDY, Sampling
-from s1jax.decoding.setup import Setup, prepare, rows_of
+from s1jax.decoding.setup import Setup, engine_of, prepare, rows_of
 from s1jax.model.load import load_model
 from s1jax.serving.app import Service
 from s1jax.serving.asks import Reader
@@ -46,21 +47,10 @@ def serve(config: ServeConfig) -> None:
     setup = prepare(config)
     reader = Reader(config, setup)
     listening = _listen(section.host, section.port)
-    loaded = load_model(config.model, config.mesh)
+    loaded = load_model(config.model, config.mesh, config.cache.dtype)
     rows = rows_of(config.batch_size, loaded.mesh)
     _log(f"compiling the loop for {rows} rows")
-
-    def build() -> Engine:
-        return Engine(
-            loaded,
-            setup.tokenizer,
-            setup.profile,
-            batch_size=rows,
-            cache_tokens=config.cache.tokens,
-            logprobs=True,
-            steps_per_chunk=section.steps,
-        )
-
+    build = partial(engine_of, loaded, config, setup, logprobs=True, steps_per_chunk=section.steps)
     engine = build()
     warm_up(engine, setup, min(reader.longest, config.cache.tokens or reader.longest))
     metrics = Metrics()

@@ -64,6 +64,19 @@ def test_plain_generation_is_that_of_the_harness_with_transformers(lm: S1jaxLM, 
         assert lm.generate_until(batch) == theirs
 
 
+def test_weights_and_cache_may_be_of_few_bits(lm: S1jaxLM, directory: Path) -> None:
+    few = S1jaxLM(pretrained=str(directory), dtype="float32", weights="int8", cache_dtype="int8", batch_size=4)
+    assert (few._loaded.model.quantisation, few._loaded.model.cache_dtype) == ("int8", "int8")
+    arguments = [(text[:9], text[9:]) for text in TEXTS[:2]]
+    ours, exact = (model.loglikelihood(requests("loglikelihood", arguments)) for model in (few, lm))
+    for (logprob, _), (expected, _) in zip(ours, exact, strict=True):
+        assert logprob != expected
+        assert logprob == pytest.approx(expected, rel=0.05)
+    for wrong in ({"weights": "int5"}, {"cache_dtype": "int4"}):
+        with pytest.raises(ValueError, match="int"):
+            S1jaxLM(pretrained=str(directory), **wrong)
+
+
 @pytest.mark.parametrize(("limit", "waits", "total"), [(5, 0, 40), ("auto", 2, 80)])
 def test_s1s_arguments_force_the_budget(
     lm: S1jaxLM, loaded: LoadedModel, limit: int | str, waits: int, total: int

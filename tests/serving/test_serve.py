@@ -1,12 +1,13 @@
 """A real server, asked by the client that most people use."""
 
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from tests.serving.conftest import Server
+from tests.serving.conftest import Server, running
 
 QUESTION: Any = [{"role": "user", "content": "How many apples does she have?"}]
 
@@ -55,6 +56,18 @@ def test_what_cannot_be_answered_is_refused_by_name(server: Server, path: str, b
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == field
         assert client.post(f"/v1/{path}", content=b"{", headers={"content-type": "application/json"}).status_code == 400
+
+
+@pytest.mark.slow
+def test_the_keys_of_its_model_and_cache_are_those_of_every_command(model: Path, tmp_path: Path) -> None:
+    body = {"prompt": "the sum of 3 and 4 is", "thinking_budget": 40, "seed": 1, "logprobs": 1, "max_tokens": 90}
+    words = ["model.weights=int8", "cache.dtype=int8", "cache.tokens=512"]
+    with running(model, tmp_path / "log", words) as server, server.client as client:
+        few = client.post("/v1/completions", json=body).json()["choices"][0]
+        assert "s1jax_pages 8.0" in client.get("/metrics").text
+    with running(model, tmp_path / "log", ["model.weights=int8"]) as server, server.client as client:
+        more = client.post("/v1/completions", json=body).json()["choices"][0]
+    assert few["logprobs"]["token_logprobs"] != more["logprobs"]["token_logprobs"]
 
 
 def test_who_goes_away_frees_the_row(server: Server) -> None:
