@@ -1,7 +1,7 @@
 """The host's half of decoding: requests wait, take their places in the batch, and leave it as they finish."""
 
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -17,7 +17,6 @@ from s1jax.decoding.budget import (
     RowState,
     ThinkingEnd,
     resolve_max_thinking_tokens,
-    start_rows,
 )
 from s1jax.decoding.cache import PagedCache
 from s1jax.decoding.finite import NonFiniteError
@@ -29,8 +28,8 @@ from s1jax.decoding.prefill_queue import PIECE, SHORTEST_PIECE
 from s1jax.decoding.profiles import ProfileIds
 from s1jax.decoding.requests import Request, longest_context, problem_of
 from s1jax.decoding.results import Finished, Progress, generation_of, under
-from s1jax.decoding.sampling import Draws, draws_of, request_key, sampling_params
-from s1jax.decoding.slot import Slot, columns, put_rows, state_of, take_rows
+from s1jax.decoding.sampling import Draws, draws_of
+from s1jax.decoding.slot import Slot, columns, put_rows, start_of, state_of, take_rows
 from s1jax.decoding.wait_texts import TextRegister
 from s1jax.mesh import batch_shards, divisible_rows
 from s1jax.model import cpu_kernel
@@ -111,7 +110,7 @@ class Engine:
         self._limit = 0
         """The longest that the context of a request submitted so far can get, rounded up."""
         self._admitted = 0
-        self._rows, self._nobody = self._start([], {}, self._batch), self._start([], {}, 1)
+        self._rows, self._nobody = (start_of([], profile, {}, self._context, size) for size in (self._batch, 1))
         self._in_flight: _InFlight | None = None
         self._error: Exception | None = None
         """That ended it, after results that are reported first."""
@@ -281,11 +280,7 @@ class Engine:
                 continue
             if not self._next_up and self._waiting:
                 _, alike = self._waiting.popitem(last=False)
-                slots = [
-                    Slot(request, self._start([request], self._texts.tables().starts, 1), self._limit_of(request))
-                    for request in sorted(alike, key=self._longest_first)
-                ]
-                self._next_up.append(slots)
+                self._next_up.append([self._slot_of(request) for request in sorted(alike, key=self._longest_first)])
             if not self._next_up:
                 break
             slot = self._next_up[0][0]
@@ -369,6 +364,10 @@ class Engine:
     def _limit_of(self, request: Request) -> int:
         return longest_context(request, self._profile, self._context)
 
+    def _slot_of(self, request: Request) -> Slot:
+        start = start_of([request], self._profile, self._texts.tables().starts, self._context, 1)
+        return Slot(request, start, self._limit_of(request))
+
     def _fork(self, done: Slot, other: Slot) -> Fork | None:
         """Where a request parts from one that has finished; None if it does not."""
         if not self._profile.profile.thinks:
@@ -384,25 +383,6 @@ class Engine:
         input_ids = [*slot.context_ids, *new_ids]
         text = f"prompt {request.index}, sample {request.sample}, after {len(input_ids)} tokens"
         return NonFiniteError(text, self._loaded, input_ids)
-
-    def _start(self, requests: Sequence[Request], wait_starts: Mapping[tuple[str, ...], int], size: int) -> Rows:
-        """The rows of these requests before their first step, and finished ones up to `size`."""
-        params, state = start_rows(
-            [r.budget for r in requests],
-            [r.prompt for r in requests],
-            self._profile,
-            wait_starts,
-            self._context,
-            size,
-        )
-        # A row without a request has a context of one padding token, so that its position is in the cache.
-        state.length[len(requests) :] = 1
-        sampling = sampling_params([r.sampling for r in requests], size)
-        rows = Rows(state, params, np.zeros(size, np.int32), sampling, np.zeros((size, 2), np.uint32))
-        for row, request in enumerate(requests):
-            rows.last_token[row] = request.prompt.prompt_ids[-1]
-            rows.key_data[row] = jax.random.key_data(request_key(request.seed, request.index, request.sample))
-        return rows
 
 
 def _one(params: RowParams) -> RowParams:

@@ -1,15 +1,17 @@
 """What the host keeps of a request while it is decoded, and the rows of a batch that it fills in."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
-from s1jax.decoding.budget import RowState, ThinkingEnd
+from s1jax.decoding.budget import RowState, ThinkingEnd, start_rows
 from s1jax.decoding.forks import Fork
 from s1jax.decoding.loop import Chunk, Rows
+from s1jax.decoding.profiles import ProfileIds
 from s1jax.decoding.requests import Request
 from s1jax.decoding.results import Progress
+from s1jax.decoding.sampling import request_key, sampling_params
 
 
 class Slot:
@@ -101,3 +103,24 @@ def put_rows(rows: Rows, which: list[int], new: Rows) -> None:
 def state_of(rows: Rows, row: int) -> RowState:
     """The state of one row."""
     return RowState(*(values[row] for values in rows.state))
+
+
+def start_of(
+    requests: Sequence[Request],
+    profile: ProfileIds,
+    wait_starts: Mapping[tuple[str, ...], int],
+    context: int,
+    size: int,
+) -> Rows:
+    """The rows of these requests before their first step, and finished ones up to `size`."""
+    params, state = start_rows(
+        [r.budget for r in requests], [r.prompt for r in requests], profile, wait_starts, context, size
+    )
+    # A row without a request has a context of one padding token, so that its position is in the cache.
+    state.length[len(requests) :] = 1
+    sampling = sampling_params([r.sampling for r in requests], size)
+    rows = Rows(state, params, np.zeros(size, np.int32), sampling, np.zeros((size, 2), np.uint32))
+    for row, request in enumerate(requests):
+        rows.last_token[row] = request.prompt.prompt_ids[-1]
+        rows.key_data[row] = jax.random.key_data(request_key(request.seed, request.index, request.sample))
+    return rows

@@ -26,6 +26,7 @@ from s1jax.decoding.profiles import load_profile, prepare_prompt, tokenize_profi
 from s1jax.decoding.requests import Request, problem_of
 from s1jax.decoding.results import Finished, Generation
 from s1jax.decoding.sampling import Draws, Sampling
+from s1jax.decoding.slot import start_of
 from s1jax.model.load import LoadedModel
 from s1jax.model.paged_attention import num_pages
 from tests.decoding.conftest import CONTEXT, ROOT, command, environment, run
@@ -165,10 +166,9 @@ def test_logprobs_are_those_of_the_model_forced_tokens_too(loaded: LoadedModel) 
 def test_nothing_goes_to_the_host_within_a_chunk_and_the_cache_is_not_copied(loaded: LoadedModel) -> None:
     model = loaded.model
     params = jax.device_put(jax.device_get(loaded.params), jax.devices()[0])
-    engine = Engine(loaded, loaded.tokenizer, profile_ids(loaded, "s1"))
     requests = random_requests(loaded, "s1", 8, seed=2)
     tables, wait_starts = loop_tables(loaded, requests)
-    rows = jax.device_put(engine._start(requests, wait_starts, 8))
+    rows = jax.device_put(start_of(requests, profile_ids(loaded, "s1"), wait_starts, CONTEXT, 8))
     shared = loop.Shared(tables, jnp.ones(384, bool), jnp.array([0], jnp.int32))
     table = full_table(1, 8, num_pages(8192))
     cache = loop.empty_cache(model, 1 + table.size)
