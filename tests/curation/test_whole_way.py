@@ -4,8 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import yaml
 
 from s1jax.curation.card import STAGES
 from tests.curation.stages import Row, card, read_rows, write_rows
+from tests.server import running
 
 ROOT = Path(__file__).parents[2]
 POOL, WANTED = 60, 10
@@ -34,21 +34,6 @@ def run(*words: str | Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@contextmanager
-def serving(*models: str) -> Iterator[str]:
-    """The URL of benchmarks/serve.py with these models."""
-    command = [sys.executable, "benchmarks/serve.py", "0", *models]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as server:
-        try:
-            assert server.stdout
-            url = server.stdout.readline().strip()
-            assert url.startswith("http://127.0.0.1:")
-            yield url
-        finally:
-            server.terminate()
-
-
 @pytest.mark.slow
 def test_from_a_pool_to_a_trained_model(tmp_path: Path) -> None:
     pool = write_rows(tmp_path / "pool.jsonl", problems(POOL))
@@ -61,16 +46,17 @@ def test_from_a_pool_to_a_trained_model(tmp_path: Path) -> None:
     config["output_dir"] = str(tmp_path / "run")
     config["select"] |= {"size": WANTED, "uniform_until": 7}
     config["format"] = {"validation": 2}
-    config["distill"]["endpoint"]["max_tokens"] = 64
-    config["students"]["student-a"]["endpoint"]["max_tokens"] = 16
+    config["distill"]["endpoint"] |= {"max_tokens": 64, "extra_body": {"thinking_budget": 48}}
+    config["students"]["student-a"]["endpoint"] |= {"max_tokens": 16, "extra_body": {"thinking_budget": 12}}
     # A student that this process computes, and that has learnt nothing.
     budget = {"profile": "none", "max_answer_tokens": 8}
     path = str(tmp_path / "models/student-a/start")
     config["students"]["student-b"] = {"path": path, "dtype": "float32", "budget": budget}
-    models = [f"{name}={tmp_path}/models/{name}/run/model" for name in ("teacher", "student-a")]
-    with serving(*models) as url:
-        for section in (config["distill"], config["students"]["student-a"]):
-            section["endpoint"]["base_url"] = url
+    with ExitStack() as servers:
+        for name, section in (("teacher", config["distill"]), ("student-a", config["students"]["student-a"])):
+            words = [f"server.name={name}", "batch_size=32"]
+            server = servers.enter_context(running(tmp_path / f"models/{name}/run/model", tmp_path / name, words))
+            section["endpoint"]["base_url"] = f"{server.url}/v1"
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         for stage in STAGES:
             if stage != "domains":

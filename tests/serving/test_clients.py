@@ -13,7 +13,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.pages import browser
-from tests.serving.conftest import Server, running
+from tests.server import Server, running
 
 __all__ = ["browser"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serving.conftest import ROOT, Server, memory, running
+from tests.server import ROOT, Server, memory, running
 
 QUESTION: Any = [{"role": "user", "content": "How many apples does she have?"}]
 LONG: Any = {"messages": QUESTION, "stream": True, "min_thinking_tokens": 400, "max_answer_tokens": 5}

@@ -11,7 +11,7 @@ import pytest
 
 from s1jax.decoding.profiles import PROFILES, tokenize_profile
 from s1jax.tokenizer import load_tokenizer
-from tests.serving.conftest import Server, memory
+from tests.server import Server, memory
 
 QUESTIONS = ["How many apples does she have?", "the sum of 3 and 4", "Let me check this again step by step. So 12 * 5"]
 KINDS = 100

@@ -7,7 +7,7 @@ import httpx
 import openai
 import pytest
 
-from tests.serving.conftest import Server, running
+from tests.server import Server, running
 
 QUESTION: Any = [{"role": "user", "content": "How many apples does she have?"}]
 
