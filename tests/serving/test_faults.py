@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,11 @@ def connect(server: Server) -> socket.socket:
 
 
 def received(connection: socket.socket) -> bytes:
-    """All that comes until the server closes."""
+    """All that comes until the server closes, or resets what it has not read."""
     parts = []
-    while part := connection.recv(65536):
-        parts.append(part)
+    with suppress(ConnectionResetError):
+        while part := connection.recv(65536):
+            parts.append(part)
     return b"".join(parts)
 
 
@@ -88,13 +90,15 @@ def test_slow_clients_are_left_and_others_are_answered(model: Path, tmp_path: Pa
         body.sendall(HEAD.encode() + b"content-length: 100\r\n\r\n{")
         started = time.monotonic()
         assert works(server)
-        for _ in range(4):
-            head.sendall(b"G")
-            time.sleep(0.2)
+        # It may be closed already: that is what is asked for.
+        with suppress(BrokenPipeError, ConnectionResetError):
+            for _ in range(4):
+                head.sendall(b"G")
+                time.sleep(0.2)
         assert received(silent) == b""
         assert received(head) == b""
         assert b"408" in received(body)
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 25
         # A reader who takes nothing is not waited for either.
         deaf = connect(server)
         request = json.dumps({**LONG, "n": 2}).encode()
