@@ -10,7 +10,6 @@ import asyncio
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.throughput.contest import OURS, ROOT
+from s1jax.decoding.workload import percentiles
 
 START_SECONDS = 600
 
@@ -47,9 +47,9 @@ class Measurement:
     server: str
     rate: float
     tokens_per_second: float
-    first_token_seconds: tuple[float, float]
-    """Median and 99th percentile over the answers, as are the next."""
-    seconds_per_token: tuple[float, float]
+    first_token_seconds: dict[str, float]
+    """By percentile over the answers, as are the next."""
+    seconds_per_token: dict[str, float]
     budgets_kept: int
     answers: int
 
@@ -130,10 +130,6 @@ async def load(url: str, bodies: list[dict[str, Any]], rate: float) -> tuple[lis
 
 def measurement(server: str, rate: float, answers: list[Answer], seconds: float, budget: int) -> Measurement:
     """The figures of one load."""
-
-    def percentiles(values: list[float]) -> tuple[float, float]:
-        return statistics.median(values), float(np.quantile(values, 0.99))
-
     kept = [a.thinking_tokens is not None and a.thinking_tokens <= budget for a in answers]
     later = [(a.seconds - a.first_seconds) / max(1, a.tokens - 1) for a in answers]
     return Measurement(
@@ -155,7 +151,7 @@ def picture(measurements: list[Measurement]) -> Figure:
         own = [m for m in measurements if m.server == server]
         rates = [m.rate for m in own]
         throughput.plot(rates, [m.tokens_per_second for m in own], marker="o", label=server)
-        waiting.plot(rates, [m.first_token_seconds[0] for m in own], marker="o", label=server)
+        waiting.plot(rates, [m.first_token_seconds["p50"] for m in own], marker="o", label=server)
     throughput.set(xlabel="questions per second", ylabel="tokens/s", ylim=(0, None))
     waiting.set(xlabel="questions per second", ylabel="median seconds to the first token", ylim=(0, None))
     throughput.legend(frameon=False)
@@ -180,11 +176,11 @@ def main() -> None:
     words.output.mkdir(parents=True, exist_ok=True)
     questions = [json.loads(line)["question"] for line in words.questions.open(encoding="utf-8")][: words.count]
     pythons = {OURS: sys.executable, "transformers": words.transformers_python, "vllm": words.vllm_python}
+    model = words.model.resolve()
     measurements: list[Measurement] = []
     for server, python in pythons.items():
         if not python:
             continue
-        model = words.model.resolve()
         bodies = [
             {
                 "model": str(model) if server == "transformers" else "model",

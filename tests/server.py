@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 ROOT = Path(__file__).parents[1]
+QUESTION: Any = [{"role": "user", "content": "How many apples does she have?"}]
 
 
 @dataclass

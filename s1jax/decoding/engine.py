@@ -116,6 +116,11 @@ class Engine:
         """That ended it, after results that are reported first."""
 
     @property
+    def batch_size(self) -> int:
+        """Rows that are decoded at once."""
+        return self._batch
+
+    @property
     def is_idle(self) -> bool:
         """Whether nothing is left to decode."""
         return not self._waiting and not self._next_up and not any(self._groups)

@@ -98,8 +98,8 @@ def run_workload(loaded: LoadedModel, section: BenchmarkSection, batch_size: int
         output_tokens=sum(lengths),
         seconds=max(last.values()),
         tokens_per_second=sum(lengths) / max(last.values()),
-        first_token_seconds=_percentiles([first[i] - came for i, came in enumerate(arrivals)]),
-        seconds_per_token=_percentiles([(last[i] - begun[i]) / n for i, n in enumerate(lengths)]),
+        first_token_seconds=percentiles([first[i] - came for i, came in enumerate(arrivals)]),
+        seconds_per_token=percentiles([(last[i] - begun[i]) / n for i, n in enumerate(lengths)]),
         moments=moments,
     )
 
@@ -159,5 +159,6 @@ def no_words() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"?": 0}, unk_token="?")))
 
 
-def _percentiles(values: Sequence[float]) -> dict[str, float]:
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Those that a report has, as p50 and so on."""
     return {f"p{p}": float(np.percentile(values, p)) for p in _PERCENTILES}

@@ -18,7 +18,7 @@ from s1jax.decoding.hosts import start_hosts
 from s1jax.decoding.profiles import prepare_prompt
 from s1jax.decoding.requests import Request
 from s1jax.decoding.sampling import GREEDY, Sampling
-from s1jax.decoding.setup import Setup, engine_of, prepare, rows_of
+from s1jax.decoding.setup import Setup, engine_of, prepare
 from s1jax.model.load import load_model
 from s1jax.serving.app import Service
 from s1jax.serving.asks import Reader
@@ -48,13 +48,12 @@ def serve(config: ServeConfig) -> None:
     reader = Reader(config, setup)
     listening = _listen(section.host, section.port)
     loaded = load_model(config.model, config.mesh, config.cache.dtype)
-    rows = rows_of(config.batch_size, loaded.mesh)
-    _log(f"compiling the loop for {rows} rows")
     build = partial(engine_of, loaded, config, setup, logprobs=True, steps_per_chunk=section.steps)
     engine = build()
+    _log(f"compiling the loop for {engine.batch_size} rows")
     warm_up(engine, setup, min(reader.longest, config.cache.tokens or reader.longest))
     metrics = Metrics()
-    worker = Worker(engine, build, rows, section.max_waiting, metrics.watch)
+    worker = Worker(engine, build, section.max_waiting, metrics.watch)
     model = section.name or PurePath(config.model.path).name
     service = Service(section, model, setup, reader, worker, metrics, key, _log)
     server = uvicorn.Server(

@@ -40,7 +40,6 @@ class Worker:
         self,
         engine: Engine,
         rebuild: Callable[[], Engine],
-        rows: int,
         max_waiting: int,
         watch: Callable[[int, Occupancy], None],
     ):
@@ -49,7 +48,8 @@ class Worker:
         `watch` is told, after each chunk, how many wait, and what the engine holds.
         """
         self._engine, self._rebuild = engine, rebuild
-        self._given_at_once, self._max_waiting, self._watch = rows + -(-rows // 4), max_waiting, watch
+        self._given_at_once = engine.batch_size + -(-engine.batch_size // 4)
+        self._max_waiting, self._watch = max_waiting, watch
         self._changed = threading.Condition()
         self._waiting: list[tuple[int, int, Request, Deliver]] = []
         self._numbers = itertools.count()

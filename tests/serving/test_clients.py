@@ -13,11 +13,10 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.pages import browser
-from tests.server import Server, running
+from tests.server import QUESTION, Server, running
 
 __all__ = ["browser"]
 
-QUESTION: Any = [{"role": "user", "content": "How many apples does she have?"}]
 BUDGETS = [
     {"max_thinking_tokens": 6},
     {"thinking_token_budget": 6},

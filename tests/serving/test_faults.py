@@ -14,9 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server import ROOT, Server, memory, running
+from tests.server import QUESTION, ROOT, Server, memory, running
 
-QUESTION: Any = [{"role": "user", "content": "How many apples does she have?"}]
 LONG: Any = {"messages": QUESTION, "stream": True, "min_thinking_tokens": 400, "max_answer_tokens": 5}
 SHORT: Any = {"messages": QUESTION, "thinking_budget": 3, "max_answer_tokens": 2}
 CHAT = "/v1/chat/completions"

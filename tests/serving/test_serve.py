@@ -7,9 +7,7 @@ import httpx
 import openai
 import pytest
 
-from tests.server import Server, running
-
-QUESTION: Any = [{"role": "user", "content": "How many apples does she have?"}]
+from tests.server import QUESTION, Server, running
 
 
 def test_a_budget_is_exact_and_a_stream_says_what_the_whole_does(server: Server) -> None:
