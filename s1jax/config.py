@@ -339,7 +339,9 @@ class ServerSection:
     )
     port: Annotated[int, Field(strict=True, ge=0, le=65535)] = Field(default=8000, description="0: any that is free")
     name: str | None = Field(default=None, description="of the model in requests; null: the last part of model.path")
-    steps: Positive = Field(default=8, description="decode steps between two parts of a streamed answer")
+    steps: Positive | None = Field(
+        default=None, description="decode steps between two parts of a streamed answer; null: 8, on a CPU 2"
+    )
     max_waiting: Positive = Field(default=256, description="answers that may wait for a row; more are refused (429)")
     max_samples: Positive = Field(default=16, description="answers of one request")
     max_body_bytes: Positive = Field(default=4_194_304, description="of one request")

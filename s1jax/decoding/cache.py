@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from operator import itemgetter
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ from jaxtyping import Int
 
 from s1jax.decoding.loop import copy_pages, empty_cache, prefill
 from s1jax.decoding.pages import PagePool, bucket
-from s1jax.decoding.prefill_queue import PIECE, Piece, PrefillQueue
+from s1jax.decoding.prefill_queue import PIECE, SHORTEST_PIECE, Piece, PrefillQueue
 from s1jax.device_memory import GIB, free_bytes
 from s1jax.mesh import batch_shards
 from s1jax.model.load import LoadedModel
@@ -22,6 +23,17 @@ _MOST_ON_CPU = 2 * GIB
 """Of a cache by itself, unless one row needs more: there it takes time to fill memory with zeros."""
 _TABLE_STEP = 8
 """Pages of which a table's width is a multiple: TPU's kernel computes so many together."""
+
+
+class Occupancy(NamedTuple):
+    """What an engine holds between two steps."""
+
+    rows: int
+    """At work."""
+    live_tokens: int
+    """In the contexts of these rows."""
+    used_pages: int
+    pages: int
 
 
 class PagedCache:
@@ -157,6 +169,16 @@ class PagedCache:
                 copies = [queue.take_like(head) for queue in self._queues]
                 pages = [(copy.source, copy.target) if copy else (UNUSED_PAGE, UNUSED_PAGE) for copy in copies]
                 self.arrays = copy_pages(self._claimed, *np.array(pages, np.int32).T)
+
+    def compile(self) -> None:
+        """Have all programs of `fill`, by running each for nobody."""
+        firsts = {bucket(tokens, PIECE, SHORTEST_PIECE) for tokens in range(1, self.limit + 1)}
+        for length in sorted(firsts):
+            self._compute(Piece(0, (0,) * length, 0, []), [])
+        if self.limit > PIECE:
+            self._compute(Piece(0, (0,), PIECE, []), [])
+        nowhere = np.full(self._shards, UNUSED_PAGE, np.int32)
+        self.arrays = copy_pages(self._claimed, nowhere, nowhere)
 
     def _compute(self, like: Piece, pieces: Sequence[Piece | None]) -> None:
         """Of each shard at most one piece, of the kind of this one."""

@@ -18,7 +18,7 @@ from s1jax.decoding.budget import (
     ThinkingEnd,
     resolve_max_thinking_tokens,
 )
-from s1jax.decoding.cache import PagedCache
+from s1jax.decoding.cache import Occupancy, PagedCache
 from s1jax.decoding.finite import NonFiniteError
 from s1jax.decoding.forks import Fork, Rules, fork
 from s1jax.decoding.hosts import to_host
@@ -29,7 +29,7 @@ from s1jax.decoding.profiles import ProfileIds
 from s1jax.decoding.requests import Request, longest_context, problem_of
 from s1jax.decoding.results import Finished, Progress, generation_of, under
 from s1jax.decoding.sampling import Draws, draws_of
-from s1jax.decoding.slot import Slot, columns, put_rows, start_of, state_of, take_rows
+from s1jax.decoding.slot import Slot, column_counts, columns, put_rows, start_of, state_of, take_rows
 from s1jax.decoding.wait_texts import TextRegister
 from s1jax.mesh import batch_shards, divisible_rows
 from s1jax.model import cpu_kernel
@@ -37,23 +37,13 @@ from s1jax.model.load import LoadedModel
 
 STEPS_PER_CHUNK = 32
 """Decode steps between two looks of the host at the rows."""
+_ALL_GREEDY = Draws(greedy=True)
 _MOST_PREFILLED = 1024
 """Tokens of contexts that are computed, in each shard, between two chunks while other rows are at work."""
 
 
 class OutOfMemoryError(RuntimeError):
     """The device could not hold the batch; the message says what was tried and what to lower."""
-
-
-class Occupancy(NamedTuple):
-    """What an engine holds between two steps."""
-
-    rows: int
-    """At work."""
-    live_tokens: int
-    """In the contexts of these rows."""
-    used_pages: int
-    pages: int
 
 
 class _InFlight(NamedTuple):
@@ -95,6 +85,9 @@ class Engine:
         self._draws = Draws()
         """What any request so far asks of the sampler."""
         self._batch = divisible_rows(batch_size, loaded.mesh)
+        self._shards = batch_shards(loaded.mesh)
+        on_cpu = cpu_kernel.available(loaded.model.dtype)
+        self._counts = column_counts(self._batch // self._shards, fewer=on_cpu)
         self._context = loaded.model.config.max_position_embeddings
         self._waiting: OrderedDict[Hashable, list[Request]] = OrderedDict()
         """Those that may follow each other in a row, by what they have in common."""
@@ -130,6 +123,23 @@ class Engine:
         """What is held now."""
         at_work = self._at_work()
         return Occupancy(len(at_work), int(self._rows.state.length[at_work].sum()), *self._cache.size)
+
+    def compile(self, draws: Draws, longest: int) -> None:
+        """Have memory for rows of up to so many tokens, and all programs for such requests; none was submitted yet.
+
+        Requests that ask for no other draws then wait for no compiler. Raises OutOfMemoryError, and ValueError where
+        there is no room for one row.
+        """
+        self._draws, self._limit = draws, bucket(longest, self._context)
+        with self._on_devices():
+            self._cache.claim(self._limit)
+            if longest > self._cache.limit:
+                raise ValueError(self._no_room(longest))
+            self._cache.compile()
+            for count in self._counts:
+                order = columns([], self._batch, self._shards, [count])
+                for each in (_ALL_GREEDY, draws):
+                    self._decode(order, each, self._limit)
 
     def submit(self, request: Request) -> None:
         """Have a request decoded; returns at once.
@@ -230,11 +240,16 @@ class Engine:
         self._admit_waiting()
         self._make_room()
         at_work = self._at_work()
-        on_cpu = cpu_kernel.available(self._loaded.model.dtype)
-        order = columns(at_work, self._batch, batch_shards(self._loaded.mesh), fewer=on_cpu)
-        rows = take_rows(self._rows, order)
+        order = columns(at_work, self._batch, self._shards, self._counts)
         # Rows that are all greedy, however others were drawn before them, pay for no draws.
-        draws = Draws(greedy=True) if (rows.sampling.temperature == 0).all() else self._draws
+        draws = _ALL_GREEDY if (self._rows.sampling.temperature[order] == 0).all() else self._draws
+        rows, results = self._decode(order, draws, max(map(self._ahead, at_work)))
+        slots = [(row, self._groups[row][0] if row in at_work else None) for row in order]
+        return _InFlight(rows, slots, results)
+
+    def _decode(self, order: list[int], draws: Draws, tokens: int) -> tuple[Rows, tuple[RowState, Array, Chunk]]:
+        """A chunk of these rows, of which none gets more tokens than so many, and the rows before it."""
+        rows = take_rows(self._rows, order)
         assert self._cache.arrays is not None
         self._cache.arrays, *results = decode_chunk(
             self._loaded.model,
@@ -244,11 +259,10 @@ class Engine:
             self._loaded.params,
             self._texts.tables().shared,
             self._cache.arrays,
-            self._cache.table(order, max(map(self._ahead, at_work))),
+            self._cache.table(order, tokens),
             rows,
         )
-        slots = [(row, self._groups[row][0] if row in at_work else None) for row in order]
-        return _InFlight(rows, slots, (*results,))
+        return rows, (*results,)
 
     def _finish(self, row: int) -> Iterator[Progress | Finished]:
         """The results of a row's request, and who follows: the next that goes on with its beginning, or nobody."""
@@ -292,10 +306,7 @@ class Engine:
             if slot.limit > self._cache.limit:
                 if any(self._groups):
                     break  # More can be claimed when nobody is at work.
-                raise ValueError(
-                    f"prompt {slot.request.index}: may need {slot.limit} tokens, and a row has room for "
-                    f"{self._cache.limit}: lower max_total_tokens or the budget, or raise cache.tokens or mesh.tensor"
-                )
+                raise ValueError(f"prompt {slot.request.index}: {self._no_room(slot.limit)}")
             tokens = min(len(slot.context_ids) + self._steps, slot.limit)
             if not self._cache.admits(row, tokens):
                 continue
@@ -309,6 +320,10 @@ class Engine:
         for row in self._beginning - self._cache.unfilled:
             put_rows(self._rows, [row], self._groups[row][0].start)
             self._beginning.remove(row)
+
+    def _no_room(self, tokens: int) -> str:
+        room, less = self._cache.limit, "lower max_total_tokens or the budget, or raise cache.tokens or mesh.tensor"
+        return f"may need {tokens} tokens, and a row has room for {room}: {less}"
 
     def _at_work(self) -> list[int]:
         """The rows that a chunk decodes in."""
@@ -362,9 +377,8 @@ class Engine:
         # Those that wait again are prefilled with what they have decoded. One program does all later pieces.
         pieces = {bucket(n, PIECE, SHORTEST_PIECE) for n in lengths}
         widths = {bucket(n, self._context) for n in lengths}
-        sizes = {max(1, self._batch >> shift) for shift in range(0, self._batch.bit_length() + 1, 2)}
         # A cache, a copy of pages, prefills, and decode loops for some of the rows or for some widths of their table.
-        return 2 + len(pieces) + (longest > PIECE) + max(len(widths), len(sizes))
+        return 2 + len(pieces) + (longest > PIECE) + max(len(widths), len(self._counts))
 
     def _limit_of(self, request: Request) -> int:
         return longest_context(request, self._profile, self._context)

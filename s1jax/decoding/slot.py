@@ -13,6 +13,9 @@ from s1jax.decoding.requests import Request
 from s1jax.decoding.results import Progress
 from s1jax.decoding.sampling import request_key, sampling_params
 
+_ROWS_FOR_WEIGHTS = 8
+"""Up to so many a CPU's step takes little more than reading the weights."""
+
 
 class Slot:
     """A request with all that was decoded of it."""
@@ -79,12 +82,21 @@ class Slot:
         return Progress(self.request, *shared, at.step, at.num_waits, None)
 
 
-def columns(at_work: Sequence[int], batch: int, shards: int, *, fewer: bool) -> list[int]:
-    """The rows to compute: all, or where each costs a quarter of each shard's, as often as those at work are so few."""
+def column_counts(rows: int, *, fewer: bool) -> list[int]:
+    """How many of a shard's rows there are programs for: all, or where each costs also less, down to one.
+
+    Halves where a step takes time by the row, then quarters where it mostly reads weights: each is to be compiled.
+    """
+    counts = [rows]
+    while fewer and counts[-1] > 1:
+        counts.append(max(1, counts[-1] // (2 if counts[-1] > _ROWS_FOR_WEIGHTS else 4)))
+    return counts
+
+
+def columns(at_work: Sequence[int], batch: int, shards: int, counts: Sequence[int]) -> list[int]:
+    """The rows to compute: of each shard those at work and others, up to the least of the counts that is enough."""
     free = ~np.isin(np.arange(batch), at_work).reshape(shards, -1)
-    size = free.shape[1]
-    while fewer and size > 1 and len(at_work) <= max(1, size // 4):
-        size = max(1, size // 4)
+    size = min(count for count in counts if count >= (~free).sum(axis=1).max())
     first = np.arange(batch).reshape(free.shape)
     return np.take_along_axis(first, np.argsort(free, axis=1, kind="stable"), axis=1)[:, :size].ravel().tolist()
 

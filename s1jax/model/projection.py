@@ -157,7 +157,12 @@ def look_up(
 
 @jax.custom_vjp
 def _look_up_on_cpu(table: Array, ids: Array) -> Array:
-    """Entries of a table of half precision, of which XLA writes a float32 copy; of integers a copy of that size."""
+    """Entries of a table of half precision, of which XLA writes a float32 copy; of integers it reads what is asked for.
+
+    Unless they are the same in each turn of a loop: then it writes a copy of the table's size before, and so they may
+    not be seen to be.
+    """
+    table, ids = jax.lax.optimization_barrier((table, ids))
     bits = jax.lax.bitcast_convert_type(table, jnp.uint16)
     return jax.lax.bitcast_convert_type(bits[ids], table.dtype)
 

@@ -12,13 +12,9 @@ import uvicorn
 
 from s1jax.config import ServeConfig
 from s1jax.config_reader import ConfigError
-from s1jax.decoding.budget import ThinkingBudget
-from s1jax.decoding.engine import Engine
 from s1jax.decoding.hosts import start_hosts
-from s1jax.decoding.profiles import prepare_prompt
-from s1jax.decoding.requests import Request
-from s1jax.decoding.sampling import GREEDY, Sampling
-from s1jax.decoding.setup import Setup, engine_of, prepare
+from s1jax.decoding.sampling import Draws
+from s1jax.decoding.setup import engine_of, prepare
 from s1jax.model.load import load_model
 from s1jax.serving.app import Service
 from s1jax.serving.asks import Reader
@@ -27,8 +23,10 @@ from s1jax.serving.metrics import Metrics
 from s1jax.serving.worker import Worker
 
 KEY_VARIABLE = "S1JAX_API_KEY"
-_TOP_K = 64
-"""Requests with a greater one have the loop compiled again."""
+_DRAWS = Draws(greedy=True, whole=True, candidates=64, top_p=True, min_p=True)
+"""What requests may ask for without having the loop compiled again: any sampling but a greater top_k."""
+_STEPS = {"cpu": 2}
+"""Of a chunk, where it is not 8: each takes the time of many of an accelerator's."""
 _KEEP_ALIVE_SECONDS = 30
 
 
@@ -48,10 +46,11 @@ def serve(config: ServeConfig) -> None:
     reader = Reader(config, setup)
     listening = _listen(section.host, section.port)
     loaded = load_model(config.model, config.mesh, config.cache.dtype)
-    build = partial(engine_of, loaded, config, setup, logprobs=True, steps_per_chunk=section.steps)
+    steps = section.steps or _STEPS.get(loaded.mesh.devices.flat[0].platform, 8)
+    build = partial(engine_of, loaded, config, setup, logprobs=True, steps_per_chunk=steps)
     engine = build()
     _log(f"compiling the loop for {engine.batch_size} rows")
-    warm_up(engine, setup, min(reader.longest, config.cache.tokens or reader.longest))
+    engine.compile(_DRAWS, min(reader.longest, config.cache.tokens or reader.longest))
     metrics = Metrics()
     worker = Worker(engine, build, section.max_waiting, metrics.watch)
     model = section.name or PurePath(config.model.path).name
@@ -76,26 +75,6 @@ def serve(config: ServeConfig) -> None:
         server.run(sockets=[listening])
     finally:
         worker.close()
-
-
-def warm_up(engine: Engine, setup: Setup, longest: int) -> None:
-    """Compile what most requests need, and have a cache for requests of up to so many tokens.
-
-    Raises ValueError or OutOfMemoryError where there is no room for one of them.
-    """
-    prompt = prepare_prompt([setup.profile.eos[0]], setup.profile)
-    budget = ThinkingBudget(max_total_tokens=longest)
-    everything = Sampling(temperature=1.0, top_p=0.9, min_p=0.1)
-    for samplings in ((GREEDY,), (everything, Sampling(temperature=1.0, top_k=_TOP_K))):
-        requests = [Request(prompt, budget, 0, sampling=sampling) for sampling in samplings]
-        for request in requests:
-            engine.submit(request)
-        while not engine.is_idle and not engine.step():
-            pass
-        for request in requests:
-            engine.cancel(request)
-        while not engine.is_idle:
-            engine.step()
 
 
 def _listen(host: str, port: int) -> socket.socket:

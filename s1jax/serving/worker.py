@@ -8,7 +8,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from s1jax.decoding.engine import Engine, Occupancy
+from s1jax.decoding.cache import Occupancy
+from s1jax.decoding.engine import Engine
 from s1jax.decoding.requests import Request
 from s1jax.decoding.results import Finished, Progress
 

@@ -93,7 +93,8 @@ def training_model(config: TrainConfig, architecture: QwenConfig) -> Qwen:
     if section.base_dtype in ("int8", "int4"):
         quantisation = section.base_dtype
     if quantisation == "int4" and jax.__version_info__ < _COMPILED_WITH_INT4:
-        raise ConfigError(f"model.base_dtype: int4 needs jax 0.12, this is {jax.__version__}: take int8")
+        key = "model.path" if architecture.quantisation else "model.base_dtype"
+        raise ConfigError(f"{key}: int4 needs jax 0.12, this is {jax.__version__}: take int8")
     dtype = "bfloat16" if quantisation else section.base_dtype or "bfloat16"
     return replace(model, lora=lora, base_dtype=jnp.dtype(dtype), quantisation=quantisation)
 

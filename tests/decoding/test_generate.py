@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import jax
@@ -25,7 +27,7 @@ from s1jax.decoding.pages import full_table
 from s1jax.decoding.profiles import load_profile, prepare_prompt, tokenize_profile
 from s1jax.decoding.requests import Request, problem_of
 from s1jax.decoding.results import Finished, Generation
-from s1jax.decoding.sampling import Draws, Sampling
+from s1jax.decoding.sampling import GREEDY, Draws, Sampling
 from s1jax.decoding.slot import start_of
 from s1jax.model.load import LoadedModel
 from s1jax.model.paged_attention import num_pages
@@ -207,21 +209,45 @@ def test_one_compilation_for_each_bucket_and_none_more_than_said(
             for index, (length, budget) in enumerate(zip(lengths, budgets, strict=True))
         ]
 
-    def compiled(seed: int) -> Counter[str]:
-        caplog.clear()
-        with jax.log_compiles(), caplog.at_level(logging.WARNING):
-            generate(loaded, "s1", requests(seed))
-        messages = (re.match(r"Compiling (?:jit\()?(\w+)", record.getMessage()) for record in caplog.records)
-        names = Counter(message[1] for message in messages if message)
-        return Counter({name: names[name] for name in ("prefill", "empty_cache", "copy_pages", "decode_chunk")})
-
     jax.clear_caches()
-    first = compiled(0)
+    first = compiled(lambda: generate(loaded, "s1", requests(0)), caplog)
     # One size of prompts; all eight rows, then the two quarters in which the last requests end.
     assert first == {"prefill": 1, "empty_cache": 1, "copy_pages": 0, "decode_chunk": 2}
     engine = Engine(loaded, loaded.tokenizer, ids)
     assert first.total() <= engine.compilations(requests(0))
-    assert compiled(1).total() == 0
+    assert compiled(lambda: generate(loaded, "s1", requests(1)), caplog).total() == 0
+
+
+@pytest.mark.slow
+def test_what_was_compiled_beforehand_is_not_when_requests_come(
+    loaded: LoadedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = profile_ids(loaded, "s1")
+    engine = Engine(loaded, loaded.tokenizer, ids, batch_size=4, steps_per_chunk=4)
+    draws = Draws(greedy=True, whole=True, candidates=16, top_p=True, min_p=True)
+    samplings = (GREEDY, Sampling(0.7), Sampling(0.7, top_k=9), Sampling(1.0, top_p=0.9), Sampling(1.0, min_p=0.1))
+    budget = ThinkingBudget(6, max_answer_tokens=4)
+    requests = [
+        Request(prepare_prompt([7] * length, ids), budget, index, sampling=sampling)
+        for index, (length, sampling) in enumerate(product((1, 1, 70, 200, 400), samplings))
+    ]
+    jax.clear_caches()
+    first = compiled(lambda: engine.compile(draws, CONTEXT), caplog)
+    # Of all four rows and of one, greedy or not; prompts of one to eight pages.
+    assert first == {"prefill": 4, "empty_cache": 1, "copy_pages": 1, "decode_chunk": 4}
+    assert compiled(lambda: list(engine.run(requests)), caplog).total() == 0
+    with pytest.raises(ValueError, match="and a row has room for 64"):
+        Engine(loaded, loaded.tokenizer, ids, cache_tokens=64).compile(draws, 65)
+
+
+def compiled(call: Callable[[], object], caplog: pytest.LogCaptureFixture) -> Counter[str]:
+    """How many programs a call compiles, by name."""
+    caplog.clear()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        call()
+    messages = (re.match(r"Compiling (?:jit\()?(\w+)", record.getMessage()) for record in caplog.records)
+    names = Counter(message[1] for message in messages if message)
+    return Counter({name: names[name] for name in ("prefill", "empty_cache", "copy_pages", "decode_chunk")})
 
 
 def loop_tables(loaded: LoadedModel, requests: list[Request]):
