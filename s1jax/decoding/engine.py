@@ -86,7 +86,8 @@ class Engine:
         """What any request so far asks of the sampler."""
         self._batch = divisible_rows(batch_size, loaded.mesh)
         self._shards = batch_shards(loaded.mesh)
-        on_cpu = cpu_kernel.available(loaded.model.dtype)
+        with jax.set_mesh(loaded.mesh):
+            on_cpu = cpu_kernel.available(loaded.model.dtype)
         self._counts = column_counts(self._batch // self._shards, fewer=on_cpu)
         self._context = loaded.model.config.max_position_embeddings
         self._waiting: OrderedDict[Hashable, list[Request]] = OrderedDict()

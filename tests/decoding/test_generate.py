@@ -31,7 +31,7 @@ from s1jax.decoding.sampling import GREEDY, Draws, Sampling
 from s1jax.decoding.slot import start_of
 from s1jax.model.load import LoadedModel
 from s1jax.model.paged_attention import num_pages
-from tests.decoding.conftest import CONTEXT, ROOT, command, environment, run
+from tests.decoding.conftest import CONTEXT, ROOT, command, environment, run, untrained
 from tests.processes import wait_until
 from tests.reference import budget as reference
 
@@ -223,21 +223,22 @@ def test_what_was_compiled_beforehand_is_not_when_requests_come(
     loaded: LoadedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     ids = profile_ids(loaded, "s1")
-    engine = Engine(loaded, loaded.tokenizer, ids, batch_size=4, steps_per_chunk=4)
+    alone = untrained(CONTEXT)
+    engine = Engine(alone, loaded.tokenizer, ids, batch_size=4, steps_per_chunk=4)
     draws = Draws(greedy=True, whole=True, candidates=16, top_p=True, min_p=True)
     samplings = (GREEDY, Sampling(0.7), Sampling(0.7, top_k=9), Sampling(1.0, top_p=0.9), Sampling(1.0, min_p=0.1))
     budget = ThinkingBudget(6, max_answer_tokens=4)
     requests = [
         Request(prepare_prompt([7] * length, ids), budget, index, sampling=sampling)
-        for index, (length, sampling) in enumerate(product((1, 1, 70, 200, 400), samplings))
+        for index, (length, sampling) in enumerate(product((1, 1, 50, 90, 120), samplings))
     ]
     jax.clear_caches()
     first = compiled(lambda: engine.compile(draws, CONTEXT), caplog)
-    # Of all four rows and of one, greedy or not; prompts of one to eight pages.
+    # Of all four rows and of one, greedy or not; and prompts of all sizes.
     assert first == {"prefill": 4, "empty_cache": 1, "copy_pages": 1, "decode_chunk": 4}
     assert compiled(lambda: list(engine.run(requests)), caplog).total() == 0
     with pytest.raises(ValueError, match="and a row has room for 64"):
-        Engine(loaded, loaded.tokenizer, ids, cache_tokens=64).compile(draws, 65)
+        Engine(alone, loaded.tokenizer, ids, cache_tokens=64).compile(draws, 65)
 
 
 def compiled(call: Callable[[], object], caplog: pytest.LogCaptureFixture) -> Counter[str]:
