@@ -140,7 +140,7 @@ def _measured(config: BenchmarkConfig) -> Row:
             params = jax.jit(model.unstack)(model.init(jax.random.key(0), mesh))
         loaded = LoadedModel(model, params, mesh, directory)
         copy = _copy_bytes_per_second()
-        vector_bytes = cpu_kernel.vector_bytes()
+        vector_bytes, has_tiles = cpu_kernel.vector_bytes(), cpu_kernel.has_tiles()
         results = [_measure(loaded, config, size, copy) for size in config.benchmark.batch_sizes]
     sizes = config.benchmark.batch_sizes if config.benchmark.requests else ()
     workloads = [asdict(run_workload(loaded, config.benchmark, size)) for size in sizes]
@@ -150,6 +150,7 @@ def _measured(config: BenchmarkConfig) -> Row:
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
         "cpu_vector_bytes": vector_bytes,
+        "cpu_matrix_units": has_tiles,
         "jax": jax.__version__,
         "dtype": config.model.dtype,
         "weights": "checkpoint" if has_weights else "random",
@@ -268,7 +269,8 @@ def _table(report: Row) -> str:
         f"{report['devices']} x {report['device']}, {report['dtype']}, {report['weights']} weights{quantised}, "
         f"prompts of {report['prompt_length']}, {report['new_tokens']} new tokens; "
         f"copy {report['copy_bytes_per_second'] / 1e9:.1f} GB/s"
-        + (f"; kernels for the CPU in vectors of {vectors} bytes" if vectors else ""),
+        + (f"; kernels for the CPU in vectors of {vectors} bytes" if vectors else "")
+        + (" and, of bfloat16, its matrix units" if report["cpu_matrix_units"] else ""),
         "batch  prefill tok/s  decode tok/s  ms/step  first token s  compile s  bandwidth  peak GiB",
     ]
     for result in report["results"]:

@@ -28,6 +28,7 @@ from s1jax.model.quantised_heads import Quantised
 
 FOLDER = Path(__file__).parent / "cpu"
 MATMUL = "s1jax_matmul"
+TILES = "s1jax_multiply_tiles"
 FUNCTIONS = ("s1jax_multiply", "s1jax_attend", "s1jax_write", MATMUL, "s1jax_attention", "s1jax_attention_gradients")
 _ARM = host.machine() in ("aarch64", "arm64")
 # Bytes of vectors that $S1JAX_CPU_VECTOR_BYTES may ask for: an arm64 processor has the narrowest anyway.
@@ -43,8 +44,11 @@ def multiply(
 ) -> Float[Array, "rows outputs"]:
     """`x` times the transposed `weight`, in float32; the weight has a dtype that is `available`. No gradients.
 
-    A weight of integers has a scale. For few rows, with which the time is that of reading the weight.
+    A weight of integers has a scale. For few rows, with which the time is that of reading the weight. If `x` is
+    bfloat16, and so the weight, for any number, by the processor's matrix units, which must be there (`has_tiles`).
     """
+    if x.dtype == jnp.bfloat16:
+        return _call(TILES, (x.shape[0], weight.shape[0]), x, weight)
     return _product("s1jax_multiply", (x.shape[0], weight.shape[0]), x, weight, scale)
 
 
@@ -155,6 +159,17 @@ def available(dtype: DTypeLike) -> bool:
     )
 
 
+def has_tiles() -> bool:
+    """Whether `multiply` takes an `x` of bfloat16: on one device whose processor has units for its products."""
+    return available(jnp.bfloat16) and _has_tiles()
+
+
+@functools.cache
+def _has_tiles() -> bool:
+    library = _library()
+    return library is not None and bool(library.s1jax_tiles())
+
+
 def vector_bytes() -> int | None:
     """The width of the kernels' vectors; None where the program will run without them."""
     library = _library() if available(jnp.float32) else None
@@ -174,7 +189,7 @@ def _library() -> ctypes.CDLL | None:
         reason = f"{compiler}: {error.stderr}" if isinstance(error, subprocess.CalledProcessError) else str(error)
         print(f"s1jax: this CPU is slower than it could be: {reason.strip()[-400:]}", file=sys.stderr)
         return None
-    for name in FUNCTIONS:
+    for name in (*FUNCTIONS, TILES) if library.s1jax_tiles() else FUNCTIONS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return library
 

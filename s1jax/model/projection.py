@@ -96,6 +96,8 @@ def _product_on_cpu(x: Array, weight: Array, inputs: int, outputs_first: bool) -
         weight = weight.astype(x.dtype)
     if cpu_kernel.available(weight.dtype) and (outputs_first or x.dtype == jnp.float32):
         matrix = weight.reshape(-1, size) if outputs_first else weight.reshape(size, -1)
+        if outputs_first and x.dtype == weight.dtype == jnp.bfloat16 and cpu_kernel.has_tiles():
+            return cpu_kernel.multiply(x.reshape(rows, size), matrix).reshape(*leading, *outputs)
         wide = x.reshape(rows, size).astype(jnp.float32)
         # Decided by what a row is, not by how many there are: so a row's numbers do not depend on the rows beside it.
         if outputs_first and leading[1:] in ((), (1,)):
@@ -139,7 +141,7 @@ def _matmul(a: Array, b: Array, *, transpose_a: bool = False, transpose_b: bool 
 
 def is_product(primitive: Any, *operands: Any, **parameters: Any) -> bool:
     """Whether this is what `project` makes of activations and a weight; a policy for `jax.checkpoint`."""
-    if parameters.get("target_name") == cpu_kernel.MATMUL:
+    if parameters.get("target_name") in (cpu_kernel.MATMUL, cpu_kernel.TILES):
         return True
     return bool(jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **parameters))
 

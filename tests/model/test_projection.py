@@ -58,34 +58,44 @@ def test_a_bfloat16_weight_under_float32_has_the_products_of_its_float32_copy(ro
         np.testing.assert_allclose(jax.jit(widening)(x, stored), exact, rtol=1e-5, atol=2e-5)
 
 
-@settings(deadline=None, max_examples=40)
+# Of x and of the weight: by a processor's matrix units, if it has any, both are bfloat16.
+KERNEL_DTYPES = [
+    (jnp.float32, jnp.float32),
+    (jnp.float32, jnp.bfloat16),
+    pytest.param(
+        (jnp.bfloat16, jnp.bfloat16),
+        marks=pytest.mark.skipif(not cpu_kernel.has_tiles(), reason="this processor has no matrix units"),
+    ),
+]
+
+
+@pytest.mark.parametrize("dtypes", KERNEL_DTYPES, ids=["float32", "mixed", "bfloat16"])
+@settings(deadline=None, max_examples=20)
 @given(
     rows=st.integers(1, 80),
     # More than are computed at once, too.
     inputs=st.integers(1, 200) | st.integers(850, 2000),
     outputs=st.integers(1, 400),
-    half=st.booleans(),
     seed=st.integers(0, 9),
 )
-def test_the_kernel_multiplies_any_shape(rows: int, inputs: int, outputs: int, half: bool, seed: int) -> None:
-    dtype = jnp.bfloat16 if half else jnp.float32
-    assert cpu_kernel.available(dtype)
+def test_the_kernel_multiplies_any_shape(dtypes: tuple, rows: int, inputs: int, outputs: int, seed: int) -> None:
+    assert cpu_kernel.available(dtypes[1])
     rng = np.random.default_rng(seed)
-    x = jnp.asarray(rng.normal(size=(rows, inputs)), jnp.float32)
-    weight = jnp.asarray(rng.normal(size=(outputs, inputs)), dtype)
+    x = jnp.asarray(rng.normal(size=(rows, inputs)), dtypes[0])
+    weight = jnp.asarray(rng.normal(size=(outputs, inputs)), dtypes[1])
     exact = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
     # Rounding errors add up like a random walk.
     atol = 2e-5 * max(1.0, inputs / 200) ** 0.5
     np.testing.assert_allclose(cpu_kernel.multiply(x, weight), exact, rtol=1e-5, atol=atol)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_numbers_of_a_row_do_not_depend_on_the_rows_beside_it(dtype: type) -> None:
+@pytest.mark.parametrize("dtypes", KERNEL_DTYPES, ids=["float32", "mixed", "bfloat16"])
+def test_the_numbers_of_a_row_do_not_depend_on_the_rows_beside_it(dtypes: tuple) -> None:
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(21, 2000)), jnp.float32)
-    weight = jnp.asarray(rng.normal(size=(50, 2000)), dtype)
+    x = jnp.asarray(rng.normal(size=(41, 2000)), dtypes[0])
+    weight = jnp.asarray(rng.normal(size=(50, 2000)), dtypes[1])
     together = cpu_kernel.multiply(x, weight)
-    for count in (1, 3, 8, 9, 17):
+    for count in (1, 3, 8, 9, 17, 33):
         np.testing.assert_array_equal(cpu_kernel.multiply(x[:count], weight), together[:count])
 
 

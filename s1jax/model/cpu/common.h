@@ -79,6 +79,12 @@ struct Int4 {
   Int4 operator+(int64_t n) const { return {bytes, scales, at + n, shift}; }
 };
 
+// What a thread takes of a product at a time: a part of the weight that stays in its cache while all rows pass over it.
+constexpr int64_t kBlockBytes = 128 * 1024;
+
+// Into so many blocks at least, so that threads end together.
+constexpr int64_t kShares = 16;
+
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The n elements from `at` on, fewer than a vector has, and zeros. Not inlined, as it would take the vector's register away.
@@ -174,6 +180,21 @@ Floats interleave(Floats a, Floats b, std::integer_sequence<int, I...>) {
 inline Floats lower(Floats a, Floats b) { return interleave<0>(a, b, std::make_integer_sequence<int, kVector>{}); }
 inline Floats upper(Floats a, Floats b) {
   return interleave<kVector / 2>(a, b, std::make_integer_sequence<int, kVector>{});
+}
+
+// Lane i of vector j becomes what was lane j of vector i.
+inline void transpose(Floats (&v)[kVector]) {
+#pragma GCC unroll 4
+  for (int distance = 1; distance < kVector; distance *= 2) {
+    Floats mixed[kVector];
+#pragma GCC unroll 8
+    for (int i = 0; i < kVector / 2; i++) {
+      mixed[2 * i] = lower(v[i], v[i + kVector / 2]);
+      mixed[2 * i + 1] = upper(v[i], v[i + kVector / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kVector; i++) v[i] = mixed[i];
+  }
 }
 
 // e to the power of a number that is not positive: a polynomial for the fraction of a power of two. What is not a number

@@ -12,12 +12,6 @@ namespace {
 // A tile of kRows x kOutputs sums, a vector of weights for each output and one of x fill the vector registers.
 constexpr int kRows = kRegisters / 4, kOutputs = 3;
 
-// What a thread takes at a time: a part of the weight that stays in its cache while all rows pass over it.
-constexpr int64_t kBlockBytes = 128 * 1024;
-
-// Into so many blocks at least, so that threads end together.
-constexpr int64_t kShares = 16;
-
 // So many inputs at a time: then those of a tile of x stay in the nearest cache.
 constexpr int64_t kInputsAtOnce = 896;
 

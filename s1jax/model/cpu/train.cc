@@ -27,21 +27,6 @@ struct View {
   View transposed() const { return {data, column, row}; }
 };
 
-// Lane i of vector j becomes what was lane j of vector i.
-void transpose(Floats (&v)[kVector]) {
-#pragma GCC unroll 4
-  for (int distance = 1; distance < kVector; distance *= 2) {
-    Floats mixed[kVector];
-#pragma GCC unroll 8
-    for (int i = 0; i < kVector / 2; i++) {
-      mixed[2 * i] = lower(v[i], v[i + kVector / 2]);
-      mixed[2 * i + 1] = upper(v[i], v[i + kVector / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kVector; i++) v[i] = mixed[i];
-  }
-}
-
 // Writes the first `rows` rows and `columns` columns of a matrix as packed[column][row], `width` floats a column, with
 // zeros for the rows that are missing; what a last vector has too much, the next column overwrites.
 template <int64_t width, class Pointer>
