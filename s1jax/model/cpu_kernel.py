@@ -45,11 +45,10 @@ def multiply(
     """`x` times the transposed `weight`, in float32; the weight has a dtype that is `available`. No gradients.
 
     A weight of integers has a scale. For few rows, with which the time is that of reading the weight. If `x` is
-    bfloat16, and so the weight, for any number, by the processor's matrix units, which must be there (`has_tiles`).
+    bfloat16, for any number, by the processor's matrix units, which must be there (`has_tiles`).
     """
-    if x.dtype == jnp.bfloat16:
-        return _call(TILES, (x.shape[0], weight.shape[0]), x, weight)
-    return _product("s1jax_multiply", (x.shape[0], weight.shape[0]), x, weight, scale)
+    function = TILES if x.dtype == jnp.bfloat16 else "s1jax_multiply"
+    return _product(function, (x.shape[0], weight.shape[0]), x, weight, scale)
 
 
 def attend(

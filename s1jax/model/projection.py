@@ -1,7 +1,6 @@
 """Products of activations and weights."""
 
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -64,10 +63,22 @@ def widened(
 
 def _quantised_on_cpu(x: Array, weight: Array, scale: Array, inputs: int) -> Array:
     leading, size = x.shape[: x.ndim - inputs], math.prod(x.shape[x.ndim - inputs :])
-    wide = x.reshape(-1, size).astype(jnp.float32)
-    multiply = cpu_kernel.multiply if leading[1:] in ((), (1,)) else partial(cpu_kernel.matmul, transpose_b=True)
-    product = multiply(wide, weight.reshape(-1, size), scale.reshape(-1, scale.shape[-1]))
+    product = _by_kernel(x.reshape(-1, size), leading, weight.reshape(-1, size), scale.reshape(-1, scale.shape[-1]))
     return product.reshape(*leading, *scale.shape[:-1])
+
+
+def _by_kernel(x: Array, leading: tuple[int, ...], weight: Array, scale: Array | None = None) -> Array:
+    """The product in float32 with a weight whose outputs come first; rows of `x` had such dimensions before its last.
+
+    Which kernel makes it is decided by what a row is, not by how many there are: so a row's numbers do not depend on
+    the rows beside it. Matrix units wait for integers to be widened, which for few tokens takes twice the time.
+    """
+    single_tokens = leading[1:] in ((), (1,))
+    if x.dtype == jnp.bfloat16 and (scale is None or not single_tokens) and cpu_kernel.has_tiles():
+        return cpu_kernel.multiply(x, weight, scale)
+    if single_tokens:
+        return cpu_kernel.multiply(x.astype(jnp.float32), weight, scale)
+    return cpu_kernel.matmul(x.astype(jnp.float32), weight, scale, transpose_b=True)
 
 
 def precision_of(x: Array) -> jax.lax.Precision | None:
@@ -95,15 +106,10 @@ def _product_on_cpu(x: Array, weight: Array, inputs: int, outputs_first: bool) -
     if weight.dtype.itemsize > x.dtype.itemsize:
         weight = weight.astype(x.dtype)
     if cpu_kernel.available(weight.dtype) and (outputs_first or x.dtype == jnp.float32):
-        matrix = weight.reshape(-1, size) if outputs_first else weight.reshape(size, -1)
-        if outputs_first and x.dtype == weight.dtype == jnp.bfloat16 and cpu_kernel.has_tiles():
-            return cpu_kernel.multiply(x.reshape(rows, size), matrix).reshape(*leading, *outputs)
-        wide = x.reshape(rows, size).astype(jnp.float32)
-        # Decided by what a row is, not by how many there are: so a row's numbers do not depend on the rows beside it.
-        if outputs_first and leading[1:] in ((), (1,)):
-            product = cpu_kernel.multiply(wide, matrix)
+        if outputs_first:
+            product = _by_kernel(x.reshape(rows, size), leading, weight.reshape(-1, size))
         else:
-            product = cpu_kernel.matmul(wide, matrix, transpose_b=outputs_first)
+            product = cpu_kernel.matmul(x.reshape(rows, size), weight.reshape(size, -1))
         return product.reshape(*leading, *outputs)
     weight = weight.astype(x.dtype)
     if rows == 1 and x.dtype != jnp.float32:

@@ -65,18 +65,26 @@ def inputs_first(array: np.ndarray, inputs: tuple[int, ...]) -> np.ndarray:
 @pytest.mark.parametrize("outputs_first", [True, False])
 @pytest.mark.parametrize("rows", [(1,), (1, 1), (3, 1), (2, 5), (5, 20)])
 @pytest.mark.parametrize("inputs", [(128,), (4, 96), (40,), (1024,), (7, 128)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_products_are_those_of_what_the_integers_stand_for(
-    kind: Quantisation, outputs_first: bool, rows: tuple[int, ...], inputs: tuple[int, ...]
+    kind: Quantisation, outputs_first: bool, rows: tuple[int, ...], inputs: tuple[int, ...], dtype: Any
 ) -> None:
     rng = np.random.default_rng(0)
     size = int(np.prod(inputs))
     integers, scales = quantise(rng.normal(size=(45, size)).astype(np.float32), kind)
-    x = rng.normal(size=(*rows, *inputs)).astype(np.float32)
-    exact = x.reshape(*rows, size).astype(np.float64) @ reference.widened(integers.astype(int), scales).T
+    x = jnp.asarray(rng.normal(size=(*rows, *inputs)), dtype)
+    matrix, wide = np.asarray(x, np.float64).reshape(*rows, size), reference.widened(integers.astype(int), scales).T
+    exact = matrix @ wide
     weight = integers.reshape(45, *inputs) if outputs_first else inputs_first(integers, inputs)
     scale = scales if outputs_first else scales.T
     product = jax.jit(partial_project(len(inputs), outputs_first))(x, jnp.asarray(weight), jnp.asarray(scale))
-    np.testing.assert_allclose(product, exact, rtol=1e-5, atol=1e-4)
+    assert product.dtype == dtype
+    if dtype == jnp.float32:
+        np.testing.assert_allclose(product, exact, rtol=1e-5, atol=1e-4)
+    else:
+        # The sum is rounded once, and of four bits times a scale each weight.
+        bound = 2**-8 * np.abs(exact) + 2**-9 * (np.abs(matrix) @ np.abs(wide)) + 1e-4
+        assert (np.abs(np.asarray(product, np.float64) - exact) <= bound).all()
 
 
 def partial_project(inputs: int, outputs_first: bool) -> Callable[..., jax.Array]:

@@ -89,33 +89,51 @@ void product(const BFloat16* x, const BFloat16* weight, int64_t rows, int64_t ou
   put(sums, kSide, kSide);
 }
 
+// Neighbours of a weight as tiles take them: bfloat16 where it lies, a copy of integers times their scales, rounded. What
+// lies `ahead` of those is fetched from memory.
+template <class W>
+const BFloat16* widened(W weight, int64_t n, int64_t ahead) {
+  if constexpr (std::is_same_v<W, const BFloat16*>) return weight;
+  static thread_local std::vector<BFloat16> kept;
+  kept.resize(n + kPairs);
+  for (int64_t i = 0; i < n; i += kPairs) {
+    if (ahead) __builtin_prefetch(address(weight + (i + ahead)), 0, 2);
+    const auto halves = _mm512_cvtne2ps_pbh(load(weight + (i + kVector), n - i - kVector), load(weight + i, n - i));
+    memcpy(&kept[i], &halves, sizeof(halves));
+  }
+  return kept.data();
+}
+
 // y[m, n] = sum_k x[m, k] * weight[n, k].
-ffi::Error multiply_tiles(ffi::ThreadPool pool, ffi::BufferR2<ffi::BF16> x, ffi::BufferR2<ffi::BF16> weight,
-                          ffi::ResultBufferR2<ffi::F32> y) {
-  const int64_t rows = x.dimensions()[0], inputs = x.dimensions()[1], outputs = weight.dimensions()[0];
-  const int64_t panel = divide_up(inputs, kPairs) * kTile, panels = divide_up(rows, kSide);
+ffi::Error multiply_tiles(ffi::ThreadPool pool, ffi::BufferR2<ffi::BF16> x, ffi::AnyBuffer weight,
+                          ffi::BufferR2<ffi::F32> scales, ffi::ResultBufferR2<ffi::F32> y) {
+  const int64_t rows = x.dimensions()[0], inputs = x.dimensions()[1], outputs = y->dimensions()[1];
+  const int64_t panel = divide_up(inputs, kPairs) * kTile, panels = divide_up(rows, kSide), pair = 2 * kSide;
   static thread_local std::vector<BFloat16> kept;
   kept.resize(panels * panel);
   const auto* from = reinterpret_cast<const BFloat16*>(x.typed_data());
   share(pool, panels, [=, to = kept.data()](int64_t i, int64_t) {
     arrange(from + i * kSide * inputs, rows - i * kSide, inputs, to + i * panel);
   });
-  const int64_t fitting = kBlockBytes / (inputs * sizeof(BFloat16)), pair = 2 * kSide;
-  const int64_t width = std::max<int64_t>(1, std::min(fitting, divide_up(outputs, kShares)) / pair) * pair;
-  const auto* data = reinterpret_cast<const BFloat16*>(weight.typed_data());
-  const auto block = [=, x = kept.data(), y = y->typed_data()](int64_t i, int64_t next) {
-    const int64_t begin = i * width, end = std::min(begin + width, outputs);
-    static const Shapes shapes;
-    _tile_loadconfig(&shapes);
-    const int64_t ahead = next * width < outputs ? (next - i) * width * inputs : 0;
-    for (int64_t row = 0; row < rows; row += pair)
-      for (int64_t o = begin; o < end; o += pair)
-        product(x + row / kSide * panel, data + o * inputs, rows - row, end - o, inputs, y + row * outputs + o, outputs,
-                row + pair < rows ? 0 : ahead);
-    _tile_release();
-  };
-  share(pool, divide_up(outputs, width), block, true);
-  return ffi::Error::Success();
+  return with_weight(weight, scales, [&](auto data) {
+    const int64_t fitting = 8 * kBlockBytes / (inputs * bits(data));
+    const int64_t width = std::max<int64_t>(1, std::min(fitting, divide_up(outputs, kShares)) / pair) * pair;
+    const auto block = [=, x = kept.data(), y = y->typed_data()](int64_t i, int64_t next) {
+      static const Shapes shapes;
+      _tile_loadconfig(&shapes);
+      const int64_t end = std::min((i + 1) * width, outputs);
+      const int64_t ahead = next * width < outputs ? (next - i) * width * inputs : 0;
+      for (int64_t o = i * width; o < end; o += pair) {
+        const int64_t count = std::min(pair, end - o);
+        const BFloat16* strip = widened(data + o * inputs, count * inputs, ahead);
+        for (int64_t row = 0; row < rows; row += pair)
+          product(x + row / kSide * panel, strip, rows - row, count, inputs, y + row * outputs + o, outputs,
+                  std::is_same_v<decltype(data), const BFloat16*> && row + pair >= rows ? ahead : 0);
+      }
+      _tile_release();
+    };
+    share(pool, divide_up(outputs, width), block, true);
+  });
 }
 
 }  // namespace
