@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--transformers-python")
     parser.add_argument("--vllm-python")
     parser.add_argument("--count", type=int, default=64, help="questions at each rate")
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.25, 0.5, 1.0], help="questions per second")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.0, 2.0], help="questions per second")
     parser.add_argument("--budget", type=int, default=128, help="thinking tokens")
     parser.add_argument("--answer", type=int, default=64, help="further tokens")
     parser.add_argument("--dtype", default="bfloat16")

@@ -128,8 +128,8 @@ class Engine:
     def compile(self, draws: Draws, longest: int) -> None:
         """Have memory for rows of up to so many tokens, and all programs for such requests; none was submitted yet.
 
-        Requests that ask for no other draws then wait for no compiler. Raises OutOfMemoryError, and ValueError where
-        there is no room for one row.
+        Requests that ask for no other draws then wait for no compiler, but without a kernel for attention over pages
+        once for each shorter table of them. Raises OutOfMemoryError, and ValueError where there is no room for one row.
         """
         self._draws, self._limit = draws, bucket(longest, self._context)
         with self._on_devices():
