@@ -140,6 +140,24 @@ def test_out_of_memory_says_what_was_tried_and_what_to_lower(tmp_path: Path) -> 
     assert said in process.stderr, process.stderr
 
 
+def test_a_prompt_that_the_cache_has_no_room_for_is_named_before_anything_is_decoded(
+    directory: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    failed = run(directory, "prompt=a", f"output={output}", "cache.tokens=128")
+    assert failed.returncode == 1
+    assert re.fullmatch(
+        r"error: 1 of 1 prompts cannot be run:\n"
+        r"  prompt 0: may need \d+ tokens, and cache\.tokens is 128: lower max_total_tokens or the budget\n",
+        failed.stderr,
+    )
+    assert not output.exists()
+    longer = run(directory, "prompt=" + "3 + 4 is 7. " * 6, "budget.max_thinking_tokens=1", "cache.tokens=128")
+    assert "and cache.tokens is 128" in longer.stderr
+    fits = run(directory, "prompt=a", "budget.max_thinking_tokens=4", "budget.max_answer_tokens=4", "cache.tokens=128")
+    assert fits.returncode == 0, fits.stderr
+
+
 def benchmark(directory: Path, *words: str) -> tuple[dict[str, Any], str]:
     """The report on a model of which only the configuration is there, and what is printed."""
     (directory / "config.json").write_text(json.dumps(CONFIG))
