@@ -160,12 +160,7 @@ def available(dtype: DTypeLike) -> bool:
 
 def has_tiles() -> bool:
     """Whether `multiply` takes an `x` of bfloat16: on one device whose processor has units for its products."""
-    return available(jnp.bfloat16) and _has_tiles()
-
-
-@functools.cache
-def _has_tiles() -> bool:
-    library = _library()
+    library = _library() if available(jnp.bfloat16) else None
     return library is not None and bool(library.s1jax_tiles())
 
 

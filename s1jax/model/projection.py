@@ -42,7 +42,7 @@ def _project_quantised(x: Array, weight: Array, scale: Array, inputs: int, outpu
     groups = scale.shape[-1 if outputs_first else 0]
     each = math.prod(x.shape[x.ndim - inputs :]) // groups
     if outputs_first and platform() == "cpu" and cpu_kernel.available(weight.dtype) and each % _LANES == 0:
-        return _quantised_on_cpu(x, weight, scale, inputs)
+        return _by_kernel(x, weight, inputs, scale)
     if groups == 1:
         product = _dot(x, weight.astype(x.dtype), inputs, outputs_first, x.dtype)
         return product * scale.reshape(product.shape[x.ndim - inputs :])
@@ -61,24 +61,24 @@ def widened(
     return weight.astype(jnp.float32) * repeated
 
 
-def _quantised_on_cpu(x: Array, weight: Array, scale: Array, inputs: int) -> Array:
-    leading, size = x.shape[: x.ndim - inputs], math.prod(x.shape[x.ndim - inputs :])
-    product = _by_kernel(x.reshape(-1, size), leading, weight.reshape(-1, size), scale.reshape(-1, scale.shape[-1]))
-    return product.reshape(*leading, *scale.shape[:-1])
-
-
-def _by_kernel(x: Array, leading: tuple[int, ...], weight: Array, scale: Array | None = None) -> Array:
-    """The product in float32 with a weight whose outputs come first; rows of `x` had such dimensions before its last.
+def _by_kernel(x: Array, weight: Array, inputs: int, scale: Array | None = None) -> Array:
+    """The product in float32 with a weight whose outputs come first.
 
     Which kernel makes it is decided by what a row is, not by how many there are: so a row's numbers do not depend on
     the rows beside it. Matrix units wait for integers to be widened, which for few tokens takes twice the time.
     """
+    leading, size = x.shape[: x.ndim - inputs], math.prod(x.shape[x.ndim - inputs :])
+    rows, matrix = x.reshape(-1, size), weight.reshape(-1, size)
+    if scale is not None:
+        scale = scale.reshape(-1, scale.shape[-1])
     single_tokens = leading[1:] in ((), (1,))
     if x.dtype == jnp.bfloat16 and (scale is None or not single_tokens) and cpu_kernel.has_tiles():
-        return cpu_kernel.multiply(x, weight, scale)
-    if single_tokens:
-        return cpu_kernel.multiply(x.astype(jnp.float32), weight, scale)
-    return cpu_kernel.matmul(x.astype(jnp.float32), weight, scale, transpose_b=True)
+        product = cpu_kernel.multiply(rows, matrix, scale)
+    elif single_tokens:
+        product = cpu_kernel.multiply(rows.astype(jnp.float32), matrix, scale)
+    else:
+        product = cpu_kernel.matmul(rows.astype(jnp.float32), matrix, scale, transpose_b=True)
+    return product.reshape(*leading, *weight.shape[: weight.ndim - inputs])
 
 
 def precision_of(x: Array) -> jax.lax.Precision | None:
@@ -107,10 +107,8 @@ def _product_on_cpu(x: Array, weight: Array, inputs: int, outputs_first: bool) -
         weight = weight.astype(x.dtype)
     if cpu_kernel.available(weight.dtype) and (outputs_first or x.dtype == jnp.float32):
         if outputs_first:
-            product = _by_kernel(x.reshape(rows, size), leading, weight.reshape(-1, size))
-        else:
-            product = cpu_kernel.matmul(x.reshape(rows, size), weight.reshape(size, -1))
-        return product.reshape(*leading, *outputs)
+            return _by_kernel(x, weight, inputs)
+        return cpu_kernel.matmul(x.reshape(rows, size), weight.reshape(size, -1)).reshape(*leading, *outputs)
     weight = weight.astype(x.dtype)
     if rows == 1 and x.dtype != jnp.float32:
         product = _dot(jnp.broadcast_to(x.reshape(summed), (2, *summed)), weight, inputs, outputs_first, jnp.float32)

@@ -64,7 +64,7 @@ KERNEL_DTYPES = [
     (jnp.float32, jnp.bfloat16),
     pytest.param(
         (jnp.bfloat16, jnp.bfloat16),
-        marks=pytest.mark.skipif(not cpu_kernel.has_tiles(), reason="this processor has no matrix units"),
+        marks=pytest.mark.skipif(not cpu_kernel.has_tiles(), reason="the kernels have no matrix units here"),
     ),
 ]
 

@@ -63,8 +63,8 @@ def inputs_first(array: np.ndarray, inputs: tuple[int, ...]) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("outputs_first", [True, False])
-@pytest.mark.parametrize("rows", [(1,), (3, 1), (5, 20)])
-@pytest.mark.parametrize("inputs", [(4, 96), (40,), (1024,), (7, 128)])
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (3, 1), (2, 5), (5, 20)])
+@pytest.mark.parametrize("inputs", [(128,), (4, 96), (40,), (1024,), (7, 128)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_products_are_those_of_what_the_integers_stand_for(
     kind: Quantisation, outputs_first: bool, rows: tuple[int, ...], inputs: tuple[int, ...], dtype: Any

@@ -79,12 +79,6 @@ struct Int4 {
   Int4 operator+(int64_t n) const { return {bytes, scales, at + n, shift}; }
 };
 
-// What a thread takes of a product at a time: a part of the weight that stays in its cache while all rows pass over it.
-constexpr int64_t kBlockBytes = 128 * 1024;
-
-// Into so many blocks at least, so that threads end together.
-constexpr int64_t kShares = 16;
-
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The n elements from `at` on, fewer than a vector has, and zeros. Not inlined, as it would take the vector's register away.
@@ -244,6 +238,22 @@ void share(ffi::ThreadPool& threads, int64_t count, const Work& work, bool ahead
   for (int64_t i = 1; i < std::min(threads.num_threads(), count); i++) threads.Schedule(std::function<void()>(run));
   run();
   while (progress->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
+}
+
+// Calls work(begin, count, ahead) for all outputs of a product with a weight, so many at a time, in units, that `inputs` of
+// each stay in a core's second cache while all rows pass over them; and few enough that threads end together. The weight's
+// rows are `stride` apart, and what its thread reads next lies `ahead` of what it reads.
+template <class W, class Work>
+void each_outputs(ffi::ThreadPool& threads, W weight, int64_t outputs, int64_t unit, int64_t inputs, int64_t stride,
+                  const Work& work) {
+  constexpr int64_t kBlockBytes = 128 * 1024, kShares = 16;
+  const int64_t fitting = 8 * kBlockBytes / (inputs * bits(weight));
+  const int64_t width = std::max<int64_t>(1, std::min(fitting, divide_up(outputs, kShares)) / unit) * unit;
+  const auto block = [=](int64_t i, int64_t next) {
+    const int64_t begin = i * width;
+    work(begin, std::min(width, outputs - begin), next * width < outputs ? (next - i) * width * stride : 0);
+  };
+  share(threads, divide_up(outputs, width), block, true);
 }
 
 // Calls f with data of float32 or bfloat16 as what it is.

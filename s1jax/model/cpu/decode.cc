@@ -91,14 +91,10 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::AnyBuf
                     ffi::ResultBufferR2<ffi::F32> y) {
   const int64_t rows = x.dimensions()[0], inputs = x.dimensions()[1], outputs = y->dimensions()[1];
   return with_weight(weight, scales, [&](auto data) {
-    const int64_t fitting = 8 * kBlockBytes / (std::min(inputs, kInputsAtOnce) * bits(data));
-    const int64_t width = std::max<int64_t>(1, std::min(fitting, divide_up(outputs, kShares)) / kOutputs) * kOutputs;
-    const auto block = [=, x = x.typed_data(), y = y->typed_data()](int64_t i, int64_t next) {
-      const int64_t begin = i * width, here = std::min(width, outputs - begin);
-      products(rows, inputs, here, x, data + begin * inputs, y + begin, outputs,
-               next * width < outputs ? (next - i) * width * inputs : 0);
+    const auto block = [=, x = x.typed_data(), y = y->typed_data()](int64_t begin, int64_t count, int64_t ahead) {
+      products(rows, inputs, count, x, data + begin * inputs, y + begin, outputs, ahead);
     };
-    share(pool, divide_up(outputs, width), block, true);
+    each_outputs(pool, data, outputs, kOutputs, std::min(inputs, kInputsAtOnce), inputs, block);
   });
 }
 

@@ -17,11 +17,11 @@ namespace {
 constexpr int64_t kSide = 16, kPairs = 32, kTile = kSide * kPairs;
 
 // All eight tiles are whole ones.
-struct alignas(64) Shapes {
+constexpr struct alignas(64) {
   uint8_t palette = 1, start = 0, reserved[14] = {};
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
+} kShapes;
 
 // Some rows of x, as many tiles side by side as they have pairs, with zeros for what is missing.
 void arrange(const BFloat16* x, int64_t rows, int64_t inputs, BFloat16* tiles) {
@@ -75,6 +75,7 @@ void product(const BFloat16* x, const BFloat16* weight, int64_t rows, int64_t ou
     if (more_rows) _tile_dpbf16ps(3, 5, 7);
   }
   const auto put = [&](Floats(&sums)[kSide], int64_t row, int64_t output) {
+    if (row >= rows || output >= outputs) return;
     transpose(sums);
     for (int64_t r = 0; r < std::min(kSide, rows - row); r++) store(y + (row + r) * stride + output, sums[r], outputs - output);
   };
@@ -95,10 +96,10 @@ template <class W>
 const BFloat16* widened(W weight, int64_t n, int64_t ahead) {
   if constexpr (std::is_same_v<W, const BFloat16*>) return weight;
   static thread_local std::vector<BFloat16> kept;
-  kept.resize(n + kPairs);
-  for (int64_t i = 0; i < n; i += kPairs) {
+  kept.resize(n + kVector);
+  for (int64_t i = 0; i < n; i += kVector) {
     if (ahead) __builtin_prefetch(address(weight + (i + ahead)), 0, 2);
-    const auto halves = _mm512_cvtne2ps_pbh(load(weight + (i + kVector), n - i - kVector), load(weight + i, n - i));
+    const auto halves = _mm512_cvtneps_pbh(load(weight + i, n - i));
     memcpy(&kept[i], &halves, sizeof(halves));
   }
   return kept.data();
@@ -116,14 +117,10 @@ ffi::Error multiply_tiles(ffi::ThreadPool pool, ffi::BufferR2<ffi::BF16> x, ffi:
     arrange(from + i * kSide * inputs, rows - i * kSide, inputs, to + i * panel);
   });
   return with_weight(weight, scales, [&](auto data) {
-    const int64_t fitting = 8 * kBlockBytes / (inputs * bits(data));
-    const int64_t width = std::max<int64_t>(1, std::min(fitting, divide_up(outputs, kShares)) / pair) * pair;
-    const auto block = [=, x = kept.data(), y = y->typed_data()](int64_t i, int64_t next) {
-      static const Shapes shapes;
-      _tile_loadconfig(&shapes);
-      const int64_t end = std::min((i + 1) * width, outputs);
-      const int64_t ahead = next * width < outputs ? (next - i) * width * inputs : 0;
-      for (int64_t o = i * width; o < end; o += pair) {
+    const auto block = [=, x = kept.data(), y = y->typed_data()](int64_t begin, int64_t outputs_here, int64_t ahead) {
+      _tile_loadconfig(&kShapes);
+      const int64_t end = begin + outputs_here;
+      for (int64_t o = begin; o < end; o += pair) {
         const int64_t count = std::min(pair, end - o);
         const BFloat16* strip = widened(data + o * inputs, count * inputs, ahead);
         for (int64_t row = 0; row < rows; row += pair)
@@ -132,7 +129,7 @@ ffi::Error multiply_tiles(ffi::ThreadPool pool, ffi::BufferR2<ffi::BF16> x, ffi:
       }
       _tile_release();
     };
-    share(pool, divide_up(outputs, width), block, true);
+    each_outputs(pool, data, outputs, pair, inputs, inputs, block);
   });
 }
 
@@ -140,12 +137,12 @@ ffi::Error multiply_tiles(ffi::ThreadPool pool, ffi::BufferR2<ffi::BF16> x, ffi:
 }  // namespace s1jax
 
 // Whether this process may use the matrix units: Linux wants to be asked, as their registers are large.
-extern "C" bool s1jax_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+extern "C" int s1jax_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_multiply_tiles, s1jax::multiply_tiles);
 
 #else
 
-extern "C" bool s1jax_tiles() { return false; }
+extern "C" int s1jax_tiles() { return 0; }
 
 #endif
