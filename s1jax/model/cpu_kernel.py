@@ -29,6 +29,7 @@ from s1jax.model.quantised_heads import Quantised
 FOLDER = Path(__file__).parent / "cpu"
 MATMUL = "s1jax_matmul"
 TILES = "s1jax_multiply_tiles"
+_GATE_TILES = "s1jax_gate_tiles"
 FUNCTIONS = ("s1jax_multiply", "s1jax_attend", "s1jax_write", MATMUL, "s1jax_attention", "s1jax_attention_gradients")
 _ARM = host.machine() in ("aarch64", "arm64")
 # Bytes of vectors that $S1JAX_CPU_VECTOR_BYTES may ask for: an arm64 processor has the narrowest anyway.
@@ -41,14 +42,28 @@ def multiply(
     x: Float[Array, "rows inputs"],
     weight: Shaped[Array, "outputs inputs"],
     scale: Float[Array, "outputs groups"] | None = None,
+    dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "rows outputs"]:
-    """`x` times the transposed `weight`, in float32; the weight has a dtype that is `available`. No gradients.
+    """`x` times the transposed `weight`, which has a dtype that is `available`. No gradients.
 
-    A weight of integers has a scale. For few rows, with which the time is that of reading the weight. If `x` is
-    bfloat16, for any number, by the processor's matrix units, which must be there (`has_tiles`).
+    A weight of integers has a scale. For few rows, with which the time is that of reading the weight; in float32. If
+    `x` is bfloat16, for any number, by the processor's matrix units, which must be there (`has_tiles`), and then also
+    in bfloat16.
     """
     function = TILES if x.dtype == jnp.bfloat16 else "s1jax_multiply"
-    return _product(function, (x.shape[0], weight.shape[0]), x, weight, scale)
+    return _product(function, jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), dtype), x, weight, scale)
+
+
+def multiply_gated(
+    x: Float[Array, "rows inputs"], gate: Float[Array, "outputs inputs"], up: Float[Array, "outputs inputs"]
+) -> Float[Array, "rows outputs"]:
+    """silu of `x` times the transposed `gate`, times `x` times the transposed `up`: all of bfloat16. No gradients.
+
+    By the processor's matrix units, which must be there (`has_tiles`).
+    """
+    result = jax.ShapeDtypeStruct((x.shape[0], gate.shape[0]), jnp.bfloat16)
+    product: Array = jax.ffi.ffi_call(_GATE_TILES, result)(x, gate, up)
+    return product
 
 
 def attend(
@@ -98,14 +113,16 @@ def matmul(
     transposed, and has a scale.
     """
     shape = (a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1])
-    return _product(MATMUL, shape, a, b, scale, transpose_a=transpose_a, transpose_b=transpose_b)
+    result = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return _product(MATMUL, result, a, b, scale, transpose_a=transpose_a, transpose_b=transpose_b)
 
 
-def _product(function: str, shape: tuple[int, int], a: Array, b: Array, scale: Array | None, **how: bool) -> Array:
-    if scale is not None and b.dtype == jnp.int4:
-        return _call(function, shape, a, b, scale, **how)
-    product: Array = _call(function, shape, a, b, jnp.zeros((0, 0)), **how)
-    return product if scale is None else product * scale[:, 0]
+def _product(
+    function: str, result: jax.ShapeDtypeStruct, a: Array, b: Array, scale: Array | None, **how: bool
+) -> Array:
+    in_kernel = scale is not None and b.dtype == jnp.int4
+    product: Array = jax.ffi.ffi_call(function, result)(a, b, scale if in_kernel else jnp.zeros((0, 0)), **how)
+    return product if scale is None or in_kernel else product * scale[:, 0]
 
 
 @jax.custom_vjp
@@ -136,11 +153,11 @@ def _packed_attention_backward(operands: Any, gradient: Array) -> tuple[Array, A
 packed_attention.defvjp(_packed_attention_forward, _packed_attention_backward)
 
 
-def _call(function: str, shapes: Any, *arguments: Array, **attributes: bool) -> Any:
+def _call(function: str, shapes: Any, *arguments: Array) -> Any:
     results = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes, is_leaf=lambda x: isinstance(x[0], int)
     )
-    return jax.ffi.ffi_call(function, results)(*arguments, **attributes)
+    return jax.ffi.ffi_call(function, results)(*arguments)
 
 
 def available(dtype: DTypeLike) -> bool:
@@ -183,7 +200,7 @@ def _library() -> ctypes.CDLL | None:
         reason = f"{compiler}: {error.stderr}" if isinstance(error, subprocess.CalledProcessError) else str(error)
         print(f"s1jax: this CPU is slower than it could be: {reason.strip()[-400:]}", file=sys.stderr)
         return None
-    for name in (*FUNCTIONS, TILES) if library.s1jax_tiles() else FUNCTIONS:
+    for name in (*FUNCTIONS, TILES, _GATE_TILES) if library.s1jax_tiles() else FUNCTIONS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return library
 

@@ -20,7 +20,7 @@ from s1jax.model.config import QwenConfig
 from s1jax.model.gates_and_norms import gated, normalised
 from s1jax.model.lora import Lora
 from s1jax.model.paged_attention import LayerCache, PageTable, as_kept, num_pages, paged_attention, write
-from s1jax.model.projection import project
+from s1jax.model.projection import project, project_gated
 from s1jax.model.quantisation import GREATEST, num_groups
 from s1jax.model.rope import rotate
 
@@ -90,6 +90,11 @@ class Projection(nnx.Module):
             self.lora_a = adapter.matrix(inputs, {_rank(inputs): lora.rank}, init=begin)
             self.lora_b = adapter.matrix({_rank(outputs): lora.rank}, outputs, init=nnx.initializers.zeros)
             self.adapter_scale = lora.scale
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is but one weight, and no scale, and its outputs come first."""
+        return self.outputs_first and self.scale is None and not self.adapter_scale
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """The sum of both, in the dtype of `x`."""
@@ -205,9 +210,12 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Hidden) -> Hidden:
         """Apply the block to each token."""
-        gate = checkpoint_name(self.gate(x), "gate")
-        up = checkpoint_name(self.up(x), "up")
-        return self.down(constrain(gated(gate, up), "batch", "length", "mlp"))
+        inner = None
+        if self.gate.is_plain and self.up.is_plain:
+            inner = project_gated(x, self.gate.weight[...], self.up.weight[...])
+        if inner is None:
+            inner = gated(checkpoint_name(self.gate(x), "gate"), checkpoint_name(self.up(x), "up"))
+        return self.down(constrain(inner, "batch", "length", "mlp"))
 
 
 class DecoderLayer(nnx.Module):

@@ -58,14 +58,12 @@ def test_a_bfloat16_weight_under_float32_has_the_products_of_its_float32_copy(ro
         np.testing.assert_allclose(jax.jit(widening)(x, stored), exact, rtol=1e-5, atol=2e-5)
 
 
+needs_tiles = pytest.mark.skipif(not cpu_kernel.has_tiles(), reason="the kernels have no matrix units here")
 # Of x and of the weight: by a processor's matrix units, if it has any, both are bfloat16.
 KERNEL_DTYPES = [
     (jnp.float32, jnp.float32),
     (jnp.float32, jnp.bfloat16),
-    pytest.param(
-        (jnp.bfloat16, jnp.bfloat16),
-        marks=pytest.mark.skipif(not cpu_kernel.has_tiles(), reason="the kernels have no matrix units here"),
-    ),
+    pytest.param((jnp.bfloat16, jnp.bfloat16), marks=needs_tiles),
 ]
 
 
@@ -86,7 +84,41 @@ def test_the_kernel_multiplies_any_shape(dtypes: tuple, rows: int, inputs: int, 
     exact = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
     # Rounding errors add up like a random walk.
     atol = 2e-5 * max(1.0, inputs / 200) ** 0.5
-    np.testing.assert_allclose(cpu_kernel.multiply(x, weight), exact, rtol=1e-5, atol=atol)
+    product = cpu_kernel.multiply(x, weight)
+    np.testing.assert_allclose(product, exact, rtol=1e-5, atol=atol)
+    if x.dtype == jnp.bfloat16:
+        rounded = cpu_kernel.multiply(x, weight, dtype=jnp.bfloat16)
+        np.testing.assert_array_equal(rounded, product.astype(jnp.bfloat16))
+
+
+@needs_tiles
+@settings(deadline=None, max_examples=20)
+@given(
+    rows=st.integers(1, 80),
+    inputs=st.integers(1, 200) | st.integers(850, 2000),
+    outputs=st.integers(1, 400),
+    scale=st.sampled_from([0.1, 1.0, 30.0]),
+    seed=st.integers(0, 9),
+)
+def test_gated_products_of_any_shape(rows: int, inputs: int, outputs: int, scale: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.normal(size=(rows, inputs)), jnp.bfloat16)
+    gate, up = (jnp.asarray(rng.normal(size=(outputs, inputs)) * scale, jnp.bfloat16) for _ in range(2))
+    product = cpu_kernel.multiply_gated(x, gate, up)
+    of_gate, of_up = (np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T for weight in (gate, up))
+    exact = of_gate / (1 + np.exp(-of_gate)) * of_up
+    # Beside the rounding to bfloat16, what errors of a gate's sum do to it.
+    atol = 1e-3 * scale**2 * max(1.0, inputs / 200)
+    np.testing.assert_allclose(product.astype(np.float64), exact, rtol=2**-8, atol=atol)
+    for count in (1, 16, 17, 33):
+        np.testing.assert_array_equal(cpu_kernel.multiply_gated(x[:count], gate, up), product[:count])
+
+
+@needs_tiles
+def test_what_is_no_number_stays_so_in_a_gated_product() -> None:
+    x = jnp.asarray([[1.0], [jnp.nan], [jnp.inf], [-jnp.inf]], jnp.bfloat16)
+    one = jnp.ones((1, 1), jnp.bfloat16)
+    assert np.isfinite(cpu_kernel.multiply_gated(x, one, one)).tolist() == [[True], [False], [False], [False]]
 
 
 @pytest.mark.parametrize("dtypes", KERNEL_DTYPES, ids=["float32", "mixed", "bfloat16"])
