@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from s1jax.decoding.budget import Phase, RowParams, RowState, Tables, end_attempts, step
-from s1jax.decoding.sampling import Draws, SamplingParams, sample, step_keys, token_logprobs
+from s1jax.decoding.sampling import Draws, SamplingParams, sample, step_keys, survey, token_logprobs
 from s1jax.mesh import constrain, platform
 from s1jax.model.paged_attention import KVCache, PageTable, copy_page
 from s1jax.model.qwen import Params, Qwen
@@ -122,11 +122,13 @@ def decode_chunk(
         assert new_cache is not None
         logits = constrain(model.logits(params, hidden[:, 0]), "batch", "vocab")
         own_keys = step_keys(keys, state.length)
-        drawn, drawn_masked = sample(logits, own_keys, draws, rows.sampling, shared.valid, shared.end_tokens)
+        seen = survey(logits, shared.valid, shared.end_tokens, with_total=with_logprobs)
+        sampled_from = rows.sampling, shared.valid, shared.end_tokens
+        drawn, drawn_masked = sample(logits, seen.greatest, own_keys, draws, *sampled_from)
         attempts = end_attempts(state, shared.tables, drawn)
         state, token, forced, written = step(state, rows.params, shared.tables, drawn, drawn_masked)
-        logprobs = token_logprobs(logits, token) if with_logprobs else jnp.zeros(batch)
-        now = Chunk(token, forced, written, attempts, logprobs, jnp.isfinite(logits).all(axis=-1))
+        logprobs = token_logprobs(logits, seen.log_total, token) if with_logprobs else jnp.zeros(batch)
+        now = Chunk(token, forced, written, attempts, logprobs, seen.finite)
         chunk = jax.tree.map(lambda all_steps, this: all_steps.at[taken].set(this), chunk, now)
         return taken + 1, new_cache, state, jnp.where(written, token, last_token), chunk
 

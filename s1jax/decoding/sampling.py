@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from s1jax.mesh import platform
+from s1jax.model import cpu_kernel
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,35 @@ def step_keys(request_keys: Key[Array, " batch"], positions: Int[Array, " batch"
     return jax.vmap(jax.random.fold_in)(request_keys, positions)
 
 
+class Survey(NamedTuple):
+    """What is known of rows' scores as they are; what is not asked for costs nothing, but on a CPU, where little."""
+
+    greatest: Int[Array, "batch two"]
+    """The first of the valid ids with the greatest score, and of those that are no end tokens."""
+    finite: Bool[Array, " batch"]
+    """Whether all of a row's are: what is drawn from others means nothing."""
+    log_total: Float[Array, " batch"]
+    """The logarithm of the sum of their exponentials."""
+
+
+def survey(
+    logits: Float[Array, "batch vocab"],
+    valid: Bool[Array, " vocab"] | Bool[np.ndarray, " vocab"],
+    end_tokens: Int[Array, " ends"] | Int[np.ndarray, " ends"],
+    *,
+    with_total: bool = True,
+) -> Survey:
+    """Look through float32 scores once; `log_total` means something only `with_total`."""
+    allowed = jnp.stack([jnp.asarray(valid), jnp.asarray(valid).at[end_tokens].set(False)])
+    if cpu_kernel.available(logits.dtype):
+        return Survey(*cpu_kernel.survey(logits, allowed, with_total=with_total))
+    greatest = _argmax(jnp.where(allowed, logits[:, None], -jnp.inf))
+    return Survey(greatest, jnp.isfinite(logits).all(axis=-1), jax.nn.logsumexp(logits, axis=-1))
+
+
 def sample(
     logits: Float[Array, "batch vocab"],
+    greatest: Int[Array, "batch two"],
     keys: Key[Array, " batch"],
     draws: Draws,
     params: SamplingParams,
@@ -133,15 +161,13 @@ def sample(
     The two draws are independent, and only ids that are `valid` come out. The end tokens are masked before
     the filters, so the filters have other ids to choose from even where they would have left nothing but
     end tokens. Float32 throughout; `draws` is static, and has what any row asks for. Which of the two a row takes is
-    for `budget.step` to say.
+    for `budget.step` to say. Greedy rows take the `greatest` of their `survey`.
     """
     vocab = logits.shape[-1]
-    logits = jnp.where(valid, logits.astype(jnp.float32), -jnp.inf)
+    logits = jnp.where(valid, logits, -jnp.inf)
     is_end = jnp.zeros(vocab, bool).at[end_tokens].set(True)
     greedy = params.temperature == 0
-    drawn = jnp.zeros((logits.shape[0], 2), jnp.int32)
-    if draws.greedy:
-        drawn = jnp.stack([_argmax(logits), _argmax(jnp.where(is_end, -jnp.inf, logits))], axis=1)
+    drawn = greatest if draws.greedy else jnp.zeros_like(greatest)
     if draws.whole or draws.candidates:
         scores = logits - logits.max(axis=-1, keepdims=True)
         scores /= jnp.where(greedy, 1, params.temperature)[:, None]
@@ -230,8 +256,8 @@ def most_probable(
     )
 
 
-def token_logprobs(logits: Float[Array, "batch vocab"], ids: Int[Array, " batch"]) -> Float[Array, " batch"]:
+def token_logprobs(
+    logits: Float[Array, "batch vocab"], log_total: Float[Array, " batch"], ids: Int[Array, " batch"]
+) -> Float[Array, " batch"]:
     """Return each id's log-probability under the model itself: no temperature, filter or mask. Float32."""
-    logits = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+    return jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0] - log_total

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from s1jax.compilation_cache import user_cache
 from s1jax.mesh import platform
@@ -30,7 +30,8 @@ FOLDER = Path(__file__).parent / "cpu"
 MATMUL = "s1jax_matmul"
 TILES = "s1jax_multiply_tiles"
 _GATE_TILES = "s1jax_gate_tiles"
-FUNCTIONS = ("s1jax_multiply", "s1jax_attend", "s1jax_write", MATMUL, "s1jax_attention", "s1jax_attention_gradients")
+_DECODING = ("s1jax_multiply", "s1jax_attend", "s1jax_write", "s1jax_survey")
+FUNCTIONS = (*_DECODING, MATMUL, "s1jax_attention", "s1jax_attention_gradients")
 _ARM = host.machine() in ("aarch64", "arm64")
 # Bytes of vectors that $S1JAX_CPU_VECTOR_BYTES may ask for: an arm64 processor has the narrowest anyway.
 NARROWER = () if _ARM else ("16", "32")
@@ -97,6 +98,23 @@ def write(
     call = jax.ffi.ffi_call("s1jax_write", result, input_output_aliases={0: 0})
     written: Array = call(pages, tokens.astype(pages.dtype), table.astype(jnp.int32), first.astype(jnp.int32))
     return written
+
+
+def survey(
+    scores: Float[Array, "rows ids"], allowed: Bool[Array, "two ids"], *, with_total: bool
+) -> tuple[Int[Array, "rows two"], Bool[Array, " rows"], Float[Array, " totals"]]:
+    """What one reading of float32 scores tells of each row.
+
+    The first with the greatest score of the ids that each set allows; whether all are finite; and `with_total` the
+    logarithm of the sum of their exponentials, else nothing.
+    """
+    rows = scores.shape[0]
+    greatest, finite = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, 2), (rows,)))
+    total = jax.ShapeDtypeStruct((rows if with_total else 0,), jnp.float32)
+    best, is_finite, log_total = jax.ffi.ffi_call("s1jax_survey", (greatest, finite, total))(
+        scores, allowed.astype(jnp.int8)
+    )
+    return best, is_finite > 0, log_total
 
 
 def matmul(

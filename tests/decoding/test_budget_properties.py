@@ -19,7 +19,7 @@ from s1jax.decoding.profiles import (
     ProfileIds,
     prepare_prompt,
 )
-from s1jax.decoding.sampling import Sampling, draws_of, request_key, sample, sampling_params, step_keys
+from s1jax.decoding.sampling import Sampling, draws_of, request_key, sample, sampling_params, step_keys, survey
 from tests.decoding.automaton import BATCH, CONTEXT_LENGTH, IDS, POSITIONS, TEXTS, Row, by_reference, results
 from tests.decoding.test_profiles import TOKENIZER, VOCAB_SIZE, encode
 from tests.reference import budget as reference
@@ -137,7 +137,8 @@ def test_a_sampling_model_follows_the_reference_in_any_batch(sampling):
     def draw(last_tokens, keys, positions):
         params = sampling_params([sampling] * len(last_tokens), len(last_tokens))
         logits, own_keys = jnp.asarray(table)[last_tokens], step_keys(keys, positions)
-        return sample(logits, own_keys, draws_of(sampling), params, ids.valid, end_tokens)
+        greatest = survey(logits, ids.valid, end_tokens).greatest
+        return sample(logits, greatest, own_keys, draws_of(sampling), params, ids.valid, end_tokens)
 
     @jax.jit
     def generate(params, state, keys, last_tokens):

@@ -18,6 +18,7 @@ from s1jax.decoding.sampling import (
     sample,
     sampling_params,
     step_keys,
+    survey,
     token_logprobs,
 )
 from s1jax.mesh import make_mesh, named_sharding
@@ -62,7 +63,13 @@ def distribution(sampling: Sampling, masked: bool) -> np.ndarray:
 
 SCORES = [0.0, -0.0, -1e-45, -0.5, -1.0, -1.0000001, -3.0, -20.0, -200.0, -3e38, -np.inf]
 
-sample_compiled = jax.jit(sample, static_argnames="draws")
+
+@functools.partial(jax.jit, static_argnames="draws")
+def sample_compiled(logits, keys, draws, params, valid, ends):
+    return sample(logits, survey(logits, valid, ends).greatest, keys, draws, params, valid, ends)
+
+
+survey_compiled = jax.jit(survey)
 most_probable_compiled = jax.jit(most_probable, static_argnums=1)
 
 
@@ -227,13 +234,46 @@ def test_seeds_past_32_bits_are_refused(seed):
         request_key(seed, 0, 0)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_logprobs_are_the_models_own(dtype):
-    logits = jnp.asarray(np.random.default_rng(2).normal(size=(6, VOCAB)), dtype)
+@given(
+    size=st.sampled_from([1, 3, 15, 16, 17, 24, 300, 1000, 4096]),
+    rows=st.integers(1, 5),
+    steps=st.sampled_from([0.001, 1.0, 40.0]),
+    offset=st.sampled_from([-1e4, -95.0, 0.0, 1e4]),
+    seed=st.integers(0, 99),
+)
+def test_a_survey_finds_the_first_of_the_greatest_and_the_total(size, rows, steps, offset, seed):
+    rng = np.random.default_rng(seed)
+    # Many that are equal.
+    logits = (rng.integers(-9, 9, (rows, size)) * steps + offset).astype(np.float32)
+    valid = rng.random(size) < 0.8
+    valid[rng.integers(size)] = True
+    ends = rng.integers(0, size, rng.integers(0, 3))
+    found = survey_compiled(logits, valid, ends)
+    allowed = np.stack([valid, valid & ~np.isin(np.arange(size), ends)])
+    for i, set_ in enumerate(allowed):
+        if set_.any():
+            np.testing.assert_array_equal(found.greatest[:, i], np.where(set_, logits, -np.inf).argmax(-1))
+    assert found.finite.all()
+    exact = logits.astype(float)
+    most = exact.max(-1, keepdims=True)
+    total = most[:, 0] + np.log(np.exp(exact - most).sum(-1))
+    np.testing.assert_allclose(found.log_total, total, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 15, 22])
+def test_a_survey_sees_a_score_that_is_not_finite(value, place):
+    logits = np.random.default_rng(0).normal(size=(3, 23)).astype(np.float32)
+    logits[1, place] = value
+    assert survey_compiled(logits, np.ones(23, bool), NO_ENDS).finite.tolist() == [True, False, True]
+
+
+def test_logprobs_are_the_models_own():
+    logits = jnp.asarray(np.random.default_rng(2).normal(size=(6, VOCAB)), jnp.float32)
     ids = jnp.array([0, 5, 11, 19, 20, 23])
     exact = np.asarray(logits, np.float64)
     expected = exact - np.log(np.exp(exact).sum(-1, keepdims=True))
-    found = token_logprobs(logits, ids)
+    found = token_logprobs(logits, survey(logits, VALID, ENDS).log_total, ids)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected[np.arange(6), ids], rtol=1e-5)
 

@@ -11,7 +11,7 @@
 #include "xla/ffi/api/ffi.h"
 
 #define FUNCTIONS(of) \
-  of(s1jax_multiply), of(s1jax_attend), of(s1jax_write), of(s1jax_matmul), of(s1jax_attention), \
+  of(s1jax_multiply), of(s1jax_attend), of(s1jax_write), of(s1jax_survey), of(s1jax_matmul), of(s1jax_attention), \
       of(s1jax_attention_gradients)
 #define DECLARED(name) *name(XLA_FFI_CallFrame*)
 extern "C" XLA_FFI_Error FUNCTIONS(DECLARED);

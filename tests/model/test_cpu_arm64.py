@@ -26,23 +26,24 @@ pytestmark = pytest.mark.skipif(
 
 
 class Call:
-    """A call of one kernel: its name, arrays, shapes of its results and attributes."""
+    """A call of one kernel: its name, arrays, shapes of its results, which are float32 unless said, and attributes."""
 
-    def __init__(self, name: str, arrays: list[Any], results: list[tuple[int, ...]], **attributes: bool):
-        self.name, self.arrays, self.results, self.attributes = name, arrays, results, attributes
+    def __init__(self, name: str, arrays: list[Any], results: list[Any], **attributes: bool):
+        self.name, self.arrays, self.attributes = name, arrays, attributes
+        self.results = [
+            jax.ShapeDtypeStruct(shape, jnp.float32) if type(shape) is tuple else shape for shape in results
+        ]
 
     def bytes(self) -> bytes:
         arrays = [np.asarray(array) for array in self.arrays]
-        shapes = [(TYPES[array.dtype.name], array.ndim, *array.shape) for array in arrays]
-        shapes += [(TYPES["float32"], len(shape), *shape) for shape in self.results]
+        shapes = [(TYPES[array.dtype.name], len(array.shape), *array.shape) for array in (*arrays, *self.results)]
         head = [cpu_kernel.FUNCTIONS.index(self.name), len(arrays), len(self.results), len(self.attributes)]
         numbers = [*head, *self.attributes.values(), *(number for shape in shapes for number in shape)]
         return b"".join([np.array(numbers, np.int64).tobytes(), *(_in_memory(array) for array in arrays)])
 
     def here(self) -> list[jax.Array]:
         assert cpu_kernel.available(jnp.float32)
-        results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in self.results]
-        return list(jax.ffi.ffi_call(self.name, results)(*map(jnp.asarray, self.arrays), **self.attributes))
+        return list(jax.ffi.ffi_call(self.name, self.results)(*map(jnp.asarray, self.arrays), **self.attributes))
 
 
 def _in_memory(array: np.ndarray) -> bytes:
@@ -93,6 +94,10 @@ def calls() -> Iterator[Call]:
         tokens, first = normal(batch, pages * slots, kv_heads, size), np.zeros(batch, np.int32)
         yield Call("s1jax_write", [jnp.zeros(cache), tokens, table, first], [cache])
 
+        scores, allowed = normal(rows, inputs), rng.integers(0, 2, (2, inputs)).astype(np.int8)
+        whole = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, 2), (rows,))]
+        yield Call("s1jax_survey", [scores, allowed], [*whole, (rows,)])
+
         query, key = (batch, slots, kv_heads * group, size), (batch, slots, kv_heads, size)
         segments = np.sort(rng.integers(0, 4, (batch, slots)).astype(np.int32))
         packed = [normal(*query), normal(*key), normal(*key), segments]
@@ -110,10 +115,10 @@ def test_the_kernels_compute_the_same_on_arm64(tmp_path: Path) -> None:
     run = subprocess.run(
         [EMULATOR, program], input=b"".join(call.bytes() for call in made), check=True, stdout=subprocess.PIPE
     )
-    numbers, at = np.frombuffer(run.stdout, np.float32), 0
+    at = 0
     for call in made:
-        for here, shape in zip(call.here(), call.results, strict=True):
-            there = numbers[at : at + np.prod(shape)].reshape(shape)
-            at += there.size
+        for here, result in zip(call.here(), call.results, strict=True):
+            there = np.frombuffer(run.stdout, result.dtype, result.size, at).reshape(result.shape)
+            at += there.nbytes
             np.testing.assert_allclose(there, here, rtol=1e-4, atol=1e-4, err_msg=call.name)
-    assert at == numbers.size
+    assert at == len(run.stdout)

@@ -191,6 +191,49 @@ ffi::Error write(ffi::AnyBuffer, ffi::AnyBuffer tokens, ffi::BufferR2<ffi::S32> 
   return ffi::Error::Success();
 }
 
+// Of each row of scores, in one reading: of the ids that each set allows the first with the greatest, whether all are
+// numbers, and the logarithm of their exponentials' sum, if there is room for it.
+ffi::Error survey(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> scores, ffi::BufferR2<ffi::S8> allowed,
+                  ffi::ResultBufferR2<ffi::S32> greatest, ffi::ResultBufferR1<ffi::S32> finite,
+                  ffi::ResultBufferR1<ffi::F32> total) {
+  constexpr int kSets = 2;
+  const int32_t size = scores.dimensions()[1];
+  const bool with_total = total->dimensions()[0] > 0;
+  const auto work = [=, all_scores = scores.typed_data(), of_set = allowed.typed_data(), ids = greatest->typed_data(),
+                     finite = finite->typed_data(), total = total->typed_data()](int64_t row, int64_t) {
+    const float* x = all_scores + row * size;
+    Integers lane = {}, at[kSets] = {};
+    for (int i = 0; i < kVector; i++) lane[i] = i;
+    Floats best[kSets] = {all(-INFINITY), all(-INFINITY)}, top = all(-INFINITY), nothing = {};
+    for (int64_t i = 0; i < size; i += kVector, lane += kVector) {
+      const Floats v = load(x + i, size - i);
+      nothing += v - v;
+      top = (lane < size) & (v > top) ? v : top;
+      for (int set = 0; set < kSets; set++) {
+        const Integers in_set = __builtin_convertvector(read<Signed>(of_set + set * size + i, size - i), Integers) != 0;
+        const Integers better = in_set & (v > best[set]);
+        best[set] = better ? v : best[set];
+        at[set] = better ? lane : at[set];
+      }
+    }
+    for (int set = 0; set < kSets; set++) {
+      int winner = 0;
+      for (int i = 1; i < kVector; i++)
+        if (best[set][i] > best[set][winner] || (best[set][i] == best[set][winner] && at[set][i] < at[set][winner])) winner = i;
+      ids[row * kSets + set] = at[set][winner];
+    }
+    float most = -INFINITY, none = 0, sum = 0;
+    for (int i = 0; i < kVector; i++) most = std::max(most, top[i]), none += nothing[i];
+    finite[row] = none == 0;
+    if (!with_total) return;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < size; i++) sum += exponential(x[i] - most);
+    total[row] = most + std::log(sum);
+  };
+  share(pool, scores.dimensions()[0], work);
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace s1jax
 
@@ -199,3 +242,4 @@ extern "C" constexpr int s1jax_vector_bytes = s1jax::kVectorBytes;
 XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_multiply, s1jax::multiply);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_attend, s1jax::attend);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_write, s1jax::write);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_survey, s1jax::survey);
