@@ -1,6 +1,10 @@
-"""Sixteen CPU devices for every test, types and shapes checked at run time, and compilations kept between runs."""
+"""Sixteen CPU devices for every test, types and shapes checked at run time, and compilations kept between runs.
+
+Those of all checkouts are kept together: a new one compiles only what is new in it.
+"""
 
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +12,6 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=16 " + os.environ.get("XLA_FLAGS", "")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 from jaxtyping import install_import_hook
@@ -19,14 +22,30 @@ import jax
 import pytest
 from hypothesis import settings
 
+from s1jax.compilation_cache import for_this_processor, remove_broken, user_cache
 from s1jax.paths import AnyPath, BucketPath, any_path
 from tests import tiny
+
+COMPILED = for_this_processor(user_cache().with_name("tests"))
+KEPT_DAYS = 14
+# Processes that tests start read it.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
+jax.config.update("jax_compilation_cache_dir", str(COMPILED))
 
 # A matmul on TPU or GPU may round its inputs; these tests compare in full float32.
 jax.config.update("jax_default_matmul_precision", "highest")
 # The first example of a property compiles, which says nothing about its speed.
 settings.register_profile("s1jax", deadline=None, print_blob=True)
 settings.load_profile("s1jax")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput"):
+        return
+    remove_broken(COMPILED)
+    for entry in COMPILED.glob("*-cache"):
+        if time.time() - entry.stat().st_mtime > KEPT_DAYS * 86400:
+            entry.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")
