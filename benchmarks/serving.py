@@ -66,7 +66,7 @@ def command_of(server: str, python: str, model: Path, port: int, dtype: str, out
     """What starts a server of a model; what it is given to read is written to `output`."""
     match server:
         case "s1jax":
-            words = [f"model.path={model}", f"model.dtype={dtype}", "server.name=model", "batch_size=32"]
+            words = [f"model.path={model}", f"model.dtype={dtype}", "server.name=model", "batch_size=64"]
             return [python, "decode.py", "serve", *words, f"server.port={port}"]
         case "transformers":
             words = ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype, "--device", "cpu"]
