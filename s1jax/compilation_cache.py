@@ -49,7 +49,6 @@ def remove_broken(directory: Path) -> None:
 
     jax writes them in place, says at each start that it cannot read them, and never writes them anew.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     checked, now = directory / _CHECKED, time.time()
     since = checked.stat().st_mtime if checked.exists() else 0
     for entry in directory.glob("*-cache"):
@@ -58,8 +57,11 @@ def remove_broken(directory: Path) -> None:
             # Clocks of file systems are not as fine as others.
             if entry.stat().st_mtime >= since - 2 and not _is_whole(entry.read_bytes()):
                 entry.unlink()
-    checked.touch()
-    os.utime(checked, (now, now))
+    # Where nothing may be written, jax says so itself.
+    with contextlib.suppress(OSError):
+        directory.mkdir(parents=True, exist_ok=True)
+        checked.touch()
+        os.utime(checked, (now, now))
 
 
 def _is_whole(program: bytes) -> bool:
