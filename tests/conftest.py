@@ -39,8 +39,9 @@ settings.register_profile("s1jax", deadline=None, print_blob=True)
 settings.load_profile("s1jax")
 
 
-def pytest_sessionstart(session: pytest.Session) -> None:
-    if hasattr(session.config, "workerinput"):
+def pytest_sessionstart() -> None:
+    # Not by workers, nor by the runs that their tests start, beside each other.
+    if "PYTEST_XDIST_WORKER" in os.environ:
         return
     remove_broken(COMPILED)
     for entry in COMPILED.glob("*-cache"):

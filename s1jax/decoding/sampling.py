@@ -139,7 +139,8 @@ def survey(
     *,
     with_total: bool = True,
 ) -> Survey:
-    """Look through float32 scores once; `log_total` means something only `with_total`."""
+    """Look through the scores once, in float32; `log_total` means something only `with_total`."""
+    logits = logits.astype(jnp.float32)
     allowed = jnp.stack([jnp.asarray(valid), jnp.asarray(valid).at[end_tokens].set(False)])
     if cpu_kernel.available(logits.dtype):
         return Survey(*cpu_kernel.survey(logits, allowed, with_total=with_total))
@@ -164,7 +165,7 @@ def sample(
     for `budget.step` to say. Greedy rows take the `greatest` of their `survey`.
     """
     vocab = logits.shape[-1]
-    logits = jnp.where(valid, logits, -jnp.inf)
+    logits = jnp.where(valid, logits.astype(jnp.float32), -jnp.inf)
     is_end = jnp.zeros(vocab, bool).at[end_tokens].set(True)
     greedy = params.temperature == 0
     drawn = greatest if draws.greedy else jnp.zeros_like(greatest)

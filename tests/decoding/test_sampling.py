@@ -268,8 +268,9 @@ def test_a_survey_sees_a_score_that_is_not_finite(value, place):
     assert survey_compiled(logits, np.ones(23, bool), NO_ENDS).finite.tolist() == [True, False, True]
 
 
-def test_logprobs_are_the_models_own():
-    logits = jnp.asarray(np.random.default_rng(2).normal(size=(6, VOCAB)), jnp.float32)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_logprobs_are_the_models_own(dtype):
+    logits = jnp.asarray(np.random.default_rng(2).normal(size=(6, VOCAB)), dtype)
     ids = jnp.array([0, 5, 11, 19, 20, 23])
     exact = np.asarray(logits, np.float64)
     expected = exact - np.log(np.exp(exact).sum(-1, keepdims=True))
