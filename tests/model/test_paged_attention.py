@@ -28,6 +28,18 @@ def unwritten(shape: tuple[int, int, int, int], dtype, cache_dtype: str | None) 
     return LayerCache(*(Quantised(jnp.full(shape, 99, jnp.int8), jnp.full(shape[:3], jnp.nan)) for _ in range(2)))
 
 
+def random(rng, shape: tuple[int, ...], dtype=jnp.float32):
+    """Keys or values, none of which lies between two integers of int8, where rounding would decide which is nearer."""
+    x = jnp.asarray(rng.normal(size=shape), dtype)
+    while True:
+        wide = np.asarray(x, np.float64)
+        steps = wide / np.abs(wide).max(-1, keepdims=True) * quantisation.GREATEST["int8"]
+        between = np.abs(steps - np.floor(steps) - 0.5) < 1e-3
+        if not between.any():
+            return x
+        x = jnp.where(between, jnp.asarray(rng.normal(size=shape), dtype), x)
+
+
 def as_read(x, cache_dtype: str | None):
     """Keys or values as they come back from a cache of this dtype, whose numbers are rounded one by one."""
     if cache_dtype is None:
@@ -46,7 +58,7 @@ def filled(
     heads, kv_heads, head_dim = shape
     batch, longest = len(lengths), max(lengths)
     query = rng.normal(size=(batch, 1, heads, head_dim))
-    key, value = (jnp.asarray(rng.normal(size=(batch, longest, kv_heads, head_dim)), dtype) for _ in range(2))
+    key, value = (random(rng, (batch, longest, kv_heads, head_dim), dtype) for _ in range(2))
     shards, width = batch_shards(mesh), num_pages(longest) + 1
     per_shard = batch // shards
     table = np.zeros((batch, width), np.int32)
@@ -122,7 +134,7 @@ def test_tokens_that_follow_others_see_those_and_themselves(
     length, heads, kv_heads, head_dim = sum(pieces) * PAGE, 8, 2, 16
     lengths = [length, length - (pieces[-1] - 1) * PAGE]
     query = rng.normal(size=(2, length, heads, head_dim)).astype(np.float32)
-    key, value = rng.normal(size=(2, 2, length, kv_heads, head_dim)).astype(np.float32)
+    key, value = random(rng, (2, 2, length, kv_heads, head_dim))
     width = sum(pieces) + 3
     own = np.arange(1, 2 * width + 1).reshape(2, width) if data == 1 else np.tile(np.arange(1, width + 1), (2, 1))
     table = np.where(np.arange(width) < np.array([lengths]).T // PAGE, own, 0).astype(np.int32)
