@@ -61,7 +61,7 @@ class ModelSection(ComputationSection):
 
     adapter: Adapter = None
     weights: Quantisation | None = Field(
-        default=None, description="what the projections' weights are made into while they are read; null: as they are"
+        default=None, description="what weights are made into while they are read; null: as they are"
     )
 
 
@@ -159,7 +159,7 @@ class QuantisedModelSection:
     """The model to quantise."""
 
     path: PathText = Field(description="model directory, or hub id (owner/name)")
-    weights: Quantisation = Field(description="what the projections' weights are made into")
+    weights: Quantisation = Field(description="what its weights are made into")
     adapter: Adapter = None
 
 

@@ -201,7 +201,7 @@ def _thinker(directory: Path) -> Path:
     with jax.set_mesh(_one_device("cpu")):
         params = jax.tree.map(np.array, model.init(jax.random.key(3)))
     # The tokenizer's delimiters are its last ids.
-    params["head"][350:368] *= 2.5
+    params["head"]["weight"][350:368] *= 2.5
     export_model(directory, model, jax.tree.map(jnp.asarray, params))
     build_tokenizer(directory, _CORPUS, vocab_size=420)
     return directory

@@ -92,7 +92,7 @@ def export_quantised(
     adapter: AnyPath | None = None,
     max_file_bytes: int | None = None,
 ) -> None:
-    """Write a directory whose projections are integers with scales: those that reading makes of `source`.
+    """Write a directory whose weights are integers with scales: those that reading makes of `source`.
 
     All else is as it is there; the adapter is merged. Files are as those of `export_model`. One process does it.
     Raises CheckpointError as `export_model`, and for a source that cannot be read or is not finite.
@@ -265,16 +265,18 @@ def _converter(whole: NamedSharding | None) -> Callable[..., jax.Array]:
     def convert(layout: TensorLayout, dtype: np.dtype, stack: Any, layer: jax.Array, scale: float = 0.0) -> jax.Array:
         own = jax.tree.map(lambda array: array[layer] if layout.per_layer else array, stack)
         # Cast first: that much less is sent and transposed.
-        return layout.to_hf((_merged(own, scale) if isinstance(own, dict) else own).astype(dtype))
+        if isinstance(own, dict):
+            own = _merged(own, scale, outputs_first=layout.as_stored)
+        return layout.to_hf(own.astype(dtype))
 
     return jax.jit(convert, static_argnums=(0, 1, 4), out_shardings=whole)
 
 
-def _merged(projection: Params, adapter_scale: float) -> jax.Array:
-    """One layer's weight of a stacked projection: widened if it is of integers, with what an adapter adds."""
+def _merged(projection: Params, adapter_scale: float, outputs_first: bool) -> jax.Array:
+    """One layer's weight of a projection, or a table's: widened if it is of integers, with what an adapter adds."""
     weight = projection["weight"]
     if (scale := projection.get("scale")) is not None:
-        weight = widened(weight, scale, weight.ndim - scale.ndim + 1, outputs_first=False)
+        weight = widened(weight, scale, weight.ndim - scale.ndim + 1, outputs_first)
     if "lora_a" not in projection:
         return weight
     a, b = projection["lora_a"], projection["lora_b"]

@@ -21,13 +21,12 @@ from jax.sharding import Mesh, PartitionSpec
 from s1jax.model.adapter import MergedTensor, read_adapter
 from s1jax.model.config import QwenConfig
 from s1jax.model.hf_files import find_tensors
-from s1jax.model.hf_names import Index, TensorLayout, is_projection, scale_name, tensor_layouts
+from s1jax.model.hf_names import EMBEDDING, HEAD, Index, TensorLayout, quantised_as, scale_name, tensor_layouts
 from s1jax.model.quantisation import PackedTensor, QuantisedTensor, Quantiser, from_stored, stored_integers
 from s1jax.model.qwen import Params, Qwen
 from s1jax.model.safetensors_files import DTYPES, FLOATS, CheckpointError, StoredTensor
 from s1jax.paths import AnyPath, BucketPath
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _BLOCK_BYTES = 2**25
 """What is read, cast and transposed at a time."""
 _ALIGNMENT = 64
@@ -67,7 +66,9 @@ def _compare_sizes(directory: AnyPath, config: QwenConfig, found: dict[str, Stor
     if config.num_hidden_layers > len(layers):
         problem = f"config.json has num_hidden_layers {config.num_hidden_layers}, there are tensors of {len(layers)}"
         raise CheckpointError(directory, [problem])
-    name, shape = _EMBEDDING, (config.vocab_size, config.hidden_size)
+    name, shape = EMBEDDING, (config.vocab_size, config.hidden_size)
+    if kind := quantised_as(name, config.quantisation):
+        shape = stored_integers(kind, shape).shape
     if name in found and found[name].shape != shape:
         problem = f"{name} has shape {list(found[name].shape)}, config.json implies {list(shape)}"
         raise CheckpointError(directory, [problem])
@@ -76,22 +77,22 @@ def _compare_sizes(directory: AnyPath, config: QwenConfig, found: dict[str, Stor
 def checkpoint_tensors(directory: AnyPath, model: Qwen, adapter: AnyPath | None = None) -> dict[str, Tensor]:
     """Everything that the parameters of a model are read from, by name; only headers are read for it.
 
-    The adapter in another directory is merged; then projections are quantised, if the model's are and the checkpoint's
-    are not.
+    The adapter in another directory is merged; then weights are quantised, if the model's are and the checkpoint's are
+    not.
     Raises CheckpointError with all that is wrong with a directory.
     """
-    already, kind = model.config.quantisation, model.quantisation
+    already = model.config.quantisation
     found = _check(directory, model)
     if already:
-        assert already == kind
+        assert already == model.quantisation
         assert adapter is None
         shapes = expected_shapes(model, tensor_layouts(model.config))
-        integers = {name: from_stored(found[name], already, shapes[name]) for name in shapes if is_projection(name)}
-        return {**found, **integers}
+        kinds = {name: kind for name in shapes if (kind := quantised_as(name, already))}
+        return {**found, **{name: from_stored(found[name], kinds[name], shapes[name]) for name in kinds}}
     whole: dict[str, StoredTensor | MergedTensor] = {**found, **(read_adapter(adapter, found) if adapter else {})}
     tensors: dict[str, Tensor] = {**whole}
-    if kind:
-        for name in filter(is_projection, whole):
+    for name in whole:
+        if kind := quantised_as(name, model.quantisation):
             made = Quantiser(whole[name], kind)
             tensors[name] = QuantisedTensor(made, of_scales=False)
             tensors[scale_name(name)] = QuantisedTensor(made, of_scales=True)
@@ -261,27 +262,27 @@ def _check(directory: AnyPath, model: Qwen) -> dict[str, StoredTensor]:
     problems: list[str] = []
     found = find_tensors(directory)
     _compare_sizes(directory, model.config, found)
-    kind = model.config.quantisation
-    wanted = expected_shapes(model, tensor_layouts(model.config, scales=kind is not None))
+    already = model.config.quantisation
+    wanted = expected_shapes(model, tensor_layouts(model.config, scales=already is not None))
     ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
     if model.config.tie_word_embeddings:
-        ignored.add(_HEAD)  # Some tied checkpoints carry the copy.
+        ignored.add(HEAD)  # Some tied checkpoints carry the copy.
     problems += [f"missing tensor {name}" for name in wanted if name not in found]
     problems += [f"unexpected tensor {name:.200}" for name in sorted(set(found) - set(wanted) - ignored)]
     for name, shape in wanted.items():
         if name not in found:
             continue
         stored, dtypes = found[name], FLOATS
-        if kind and is_projection(name):
+        if kind := quantised_as(name, already):
             integers = stored_integers(kind, shape)
             shape, dtypes = integers.shape, {n: dtype for n, dtype in DTYPES.items() if dtype == integers.dtype}
         if stored.shape != shape:
             problems.append(f"{name} has shape {list(stored.shape)}, config.json implies {list(shape)}")
         if stored.dtype not in dtypes:
             problems.append(f"{name} is stored as {stored.dtype:.40}; expected one of {', '.join(sorted(dtypes))}")
-    if not problems and _HEAD in found and _HEAD in ignored and not _same(found[_HEAD], found[_EMBEDDING]):
+    if not problems and HEAD in found and HEAD in ignored and not _same(found[HEAD], found[EMBEDDING]):
         problems.append(
-            f"{_HEAD} differs from {_EMBEDDING}, though config.json has tie_word_embeddings true: "
+            f"{HEAD} differs from {EMBEDDING}, though config.json has tie_word_embeddings true: "
             "set it to false to use the head as it is, or remove the tensor"
         )
     if problems:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
+from s1jax.config import Quantisation
 from s1jax.model.config import QwenConfig
 
 Index = tuple[slice, ...]
@@ -69,25 +70,33 @@ _VECTOR = ((0,),)
 _MATRIX = ((0,), (1,))
 
 
-def is_projection(name: str) -> bool:
-    """Whether a stored tensor is the weight of one of a layer's projections, which are what is quantised."""
-    return name.endswith("_proj.weight")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def quantised_as(name: str, quantisation: Quantisation | None) -> Quantisation | None:
+    """What a stored tensor becomes where weights are quantised: layers' projections that, the tokens' tables int8.
+
+    None for all others.
+    """
+    if name in (EMBEDDING, HEAD):
+        return quantisation and "int8"
+    return quantisation if name.endswith("_proj.weight") else None
 
 
 def scale_name(name: str) -> str:
-    """What the scales of a projection's quantised weight are called."""
+    """What the scales of a quantised weight are called."""
     return f"{name}_scale"
 
 
 def is_quantised(name: str) -> bool:
-    """Whether a stored tensor is what becomes of a projection's weight: integers, or their scales."""
-    return is_projection(name.removesuffix(scale_name("")))
+    """Whether a tensor of a quantised checkpoint is what became of a weight: integers, or their scales."""
+    return quantised_as(name.removesuffix(scale_name("")), "int8") is not None
 
 
 def tensor_layouts(config: QwenConfig, *, stacked: bool = True, scales: bool = False) -> list[TensorLayout]:
     """Every parameter of the architecture, in the order in which checkpoints store them; unstacked, every tensor.
 
-    With `scales`, those of quantised projections too.
+    With `scales`, those of quantised weights too.
     """
 
     def layer(path: str, name: str, groups: tuple[tuple[int, ...], ...]) -> TensorLayout:
@@ -99,7 +108,7 @@ def tensor_layouts(config: QwenConfig, *, stacked: bool = True, scales: bool = F
     else:
         to_heads, from_heads, matrix = ((0, 1), (2,)), ((0,), (1, 2)), _MATRIX
     layouts = [
-        TensorLayout(("embedding",), "model.embed_tokens.weight", _MATRIX),
+        TensorLayout(("embedding", "weight"), EMBEDDING, _MATRIX),
         layer("attention_norm.scale", "input_layernorm.weight", _VECTOR),
         layer("attention.query.weight", "self_attn.q_proj.weight", to_heads),
         layer("attention.key.weight", "self_attn.k_proj.weight", to_heads),
@@ -122,9 +131,9 @@ def tensor_layouts(config: QwenConfig, *, stacked: bool = True, scales: bool = F
             for part in ("query", "key")
         ]
     if not config.tie_word_embeddings:
-        layouts.append(TensorLayout(("head",), "lm_head.weight", _MATRIX))
+        layouts.append(TensorLayout(("head", "weight"), HEAD, _MATRIX))
     if scales:
-        layouts += [_scales(layout, stacked) for layout in layouts if is_projection(layout.name)]
+        layouts += [_scales(layout) for layout in layouts if is_quantised(layout.name)]
     if stacked:
         return layouts
     return [
@@ -136,8 +145,10 @@ def tensor_layouts(config: QwenConfig, *, stacked: bool = True, scales: bool = F
     ]
 
 
-def _scales(weight: TensorLayout, stacked: bool) -> TensorLayout:
+def _scales(weight: TensorLayout) -> TensorLayout:
     """Of the scales of a weight, stored as (outputs, groups)."""
     dimensions = len(weight.groups[0])
-    groups = (tuple(range(1, dimensions + 1)), (0,)) if stacked else (tuple(range(dimensions)), (dimensions,))
+    groups = (tuple(range(dimensions)), (dimensions,))
+    if not weight.as_stored:
+        groups = (tuple(range(1, dimensions + 1)), (0,))
     return TensorLayout((*weight.path[:-1], "scale"), scale_name(weight.name), groups)

@@ -20,7 +20,7 @@ from s1jax.model.config import QwenConfig
 from s1jax.model.gates_and_norms import gated, normalised
 from s1jax.model.lora import Lora
 from s1jax.model.paged_attention import LayerCache, PageTable, as_kept, num_pages, paged_attention, write
-from s1jax.model.projection import project, project_gated
+from s1jax.model.projection import look_up, project, project_gated
 from s1jax.model.quantisation import GREATEST, num_groups
 from s1jax.model.rope import rotate
 
@@ -70,7 +70,7 @@ class Projection(nnx.Module):
     An adapter (LoRA, arXiv 2106.09685) adds the scaled product with `lora_a` and then `lora_b`.
     """
 
-    def __init__(self, weights: Weights, target: LoraTarget, inputs: Sizes, outputs: Sizes):
+    def __init__(self, weights: Weights, target: LoraTarget | None, inputs: Sizes, outputs: Sizes):
         if kind := weights.quantisation:
             groups = {"groups": num_groups(kind, math.prod(inputs.values()))}
             of_unit = weights.standard_deviation * 3**0.5 / GREATEST[kind]
@@ -104,6 +104,21 @@ class Projection(nnx.Module):
             low = project(x, self.lora_a[...], inputs=self.num_inputs, outputs_first=self.outputs_first)
             product += self.adapter_scale * project(low, self.lora_b[...], outputs_first=self.outputs_first)
         return product
+
+
+class Table(Projection):
+    """A vector for each token of the vocabulary: looked up, or multiplied with hidden states for the tokens' scores.
+
+    Where weights are quantised, it is of int8.
+    """
+
+    def __init__(self, config: QwenConfig, weights: Weights):
+        weights = weights._replace(quantisation=weights.quantisation and "int8")
+        super().__init__(weights, None, {"embed": config.hidden_size}, {"vocab": config.vocab_size})
+
+    def look_up(self, ids: Int[Array, "*ids"], dtype: DTypeLike) -> Float[Array, "*ids hidden"]:
+        """The tokens' vectors, in `dtype`."""
+        return look_up(self.weight[...], ids, dtype, None if self.scale is None else self.scale[...])
 
 
 def _rank(others: Sizes) -> str:
@@ -242,11 +257,11 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: QwenConfig, weights: Weights, implementation: Implementation, stacked: bool):
         layers = config.num_hidden_layers
-        self.embedding = weights.array(("vocab", "embed"), config.vocab_size, config.hidden_size)
+        self.embedding = Table(config, weights)
         if stacked:
             self.layers = DecoderLayer(config, weights._replace(stack=(layers,)), implementation)
         else:
             self.layers = nnx.List([DecoderLayer(config, weights, implementation) for _ in range(layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, weights)
         if not config.tie_word_embeddings:
-            self.head = weights.array(("vocab", "embed"), config.vocab_size, config.hidden_size)
+            self.head = Table(config, weights)

@@ -1,6 +1,7 @@
 """Products of activations and weights."""
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,22 +32,24 @@ def project(
     """
     dtype = dtype or x.dtype
     if scale is not None:
-        return _project_quantised(x, weight, scale, inputs, outputs_first).astype(dtype)
+        return _project_quantised(x, weight, scale, inputs, outputs_first, dtype).astype(dtype)
     if platform() == "cpu":
         return _project_on_cpu(x, weight, inputs, outputs_first, dtype).astype(dtype)
     return _dot(x, weight.astype(x.dtype), inputs, outputs_first, dtype)
 
 
-def _project_quantised(x: Array, weight: Array, scale: Array, inputs: int, outputs_first: bool) -> Array:
+def _project_quantised(
+    x: Array, weight: Array, scale: Array, inputs: int, outputs_first: bool, dtype: DTypeLike
+) -> Array:
     """The product, of which XLA makes one with an operand that it widens, if there is but one scale for each output."""
     groups = scale.shape[-1 if outputs_first else 0]
     each = math.prod(x.shape[x.ndim - inputs :]) // groups
     if outputs_first and platform() == "cpu" and cpu_kernel.available(weight.dtype) and each % _LANES == 0:
-        return _by_kernel(x, weight, inputs, scale)
+        return _quantised_by_kernel(x, weight, scale, inputs)
     if groups == 1:
-        product = _dot(x, weight.astype(x.dtype), inputs, outputs_first, x.dtype)
+        product = _dot(x, weight.astype(x.dtype), inputs, outputs_first, dtype)
         return product * scale.reshape(product.shape[x.ndim - inputs :])
-    return _dot(x, widened(weight, scale, inputs, outputs_first).astype(x.dtype), inputs, outputs_first, x.dtype)
+    return _dot(x, widened(weight, scale, inputs, outputs_first).astype(x.dtype), inputs, outputs_first, dtype)
 
 
 def widened(
@@ -93,6 +96,27 @@ def _by_kernel(
     else:
         product = cpu_kernel.matmul(rows.astype(jnp.float32), matrix, scale, transpose_b=True)
     return product.reshape(*leading, *weight.shape[: weight.ndim - inputs])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _quantised_by_kernel(x: Array, weight: Array, scale: Array, inputs: int) -> Array:
+    return _by_kernel(x, weight, inputs, scale)
+
+
+def _quantised_forward(x: Array, weight: Array, scale: Array, inputs: int) -> tuple[Array, tuple[Array, ...]]:
+    return _by_kernel(x, weight, inputs, scale), (x, weight, scale)
+
+
+def _quantised_backward(inputs: int, kept: tuple[Array, ...], gradient: Array) -> tuple[Array, None, None]:
+    """By the activations only: what is quantised is not trained."""
+    x, weight, scale = kept
+    size = math.prod(x.shape[x.ndim - inputs :])
+    matrix = widened(weight, scale, inputs, outputs_first=True).reshape(-1, size)
+    of_x = _matmul(gradient.reshape(-1, len(matrix)).astype(jnp.float32), matrix)
+    return of_x.reshape(x.shape).astype(x.dtype), None, None
+
+
+_quantised_by_kernel.defvjp(_quantised_forward, _quantised_backward)
 
 
 def precision_of(x: Array) -> jax.lax.Precision | None:
@@ -169,9 +193,14 @@ def is_product(primitive: Any, *operands: Any, **parameters: Any) -> bool:
 
 
 def look_up(
-    table: Float[Array, "entries size"], ids: Int[Array, "*ids"], dtype: DTypeLike
+    table: Shaped[Array, "entries size"],
+    ids: Int[Array, "*ids"],
+    dtype: DTypeLike,
+    scale: Float[Array, "entries 1"] | None = None,
 ) -> Float[Array, "*ids size"]:
-    """Entries of a table, in `dtype`."""
+    """Entries of a table, in `dtype`; of one of integers, with their scales."""
+    if scale is not None:
+        return (table[ids].astype(jnp.float32) * scale[ids]).astype(dtype)
     if table.dtype.itemsize > jnp.dtype(dtype).itemsize:
         table = table.astype(dtype)
     half_on_cpu = platform() == "cpu" and table.dtype.itemsize == 2

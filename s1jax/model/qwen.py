@@ -22,7 +22,7 @@ from s1jax.model.config import QwenConfig
 from s1jax.model.layers import Decoder, DecoderLayer, Hidden, Inputs, Weights
 from s1jax.model.lora import Lora, split_adapters
 from s1jax.model.paged_attention import CACHE_AXES, KVCache, LayerCache, PageTable, abstract_cache
-from s1jax.model.projection import is_product, look_up, project
+from s1jax.model.projection import is_product, project
 from s1jax.model.rope import rope_frequencies, rope_rotations
 
 Params = dict[str, Any]
@@ -194,7 +194,7 @@ class Qwen:
         """The modules with these parameters, the embeddings, and what all layers are given."""
         stacked = "attention" in params["layers"]
         decoder = nnx.merge(nnx.split(self._abstract if stacked else self._abstract_unrolled)[0], params)
-        x = look_up(decoder.embedding[...], input_ids, self.dtype)
+        x = decoder.embedding.look_up(input_ids, self.dtype)
         frequencies, magnitude = rope_frequencies(self.config)
         rotations = rope_rotations(positions, frequencies, magnitude)
         rotations = jax.tree.map(lambda r: constrain(r, "batch", "length", *[None] * (r.ndim - 2)), rotations)
@@ -230,7 +230,8 @@ class Qwen:
 
     def logits(self, params: Params, hidden: Float[Array, "*rows hidden"]) -> Float[Array, "*rows vocab"]:
         """Scores of the next token, in float32."""
-        return project(hidden, params[self.head_name], outputs_first=True, dtype=jnp.float32)
+        head = params[self.head_name]
+        return project(hidden, head["weight"], head.get("scale"), outputs_first=True, dtype=jnp.float32)
 
     def unstack(self, params: Params) -> Params:
         """The same parameters in the arrangement that `hidden_states` runs unrolled: arrays and axes of each layer."""

@@ -40,7 +40,8 @@ def token_logprobs(
         return target_logits - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1)
 
     # Gathered over fsdp once, not for every slice; as stored, so that the slices' gradients add up in full precision.
-    gathered = {model.head_name: constrain(params[model.head_name], "vocab", None)}
+    head = jax.tree.map(lambda of_tokens: constrain(of_tokens, "vocab", None), params[model.head_name])
+    gathered = {model.head_name: head}
     hidden = constrain(hidden, "batch", "length", None)
     chunks = jax.lax.map(score, (split(hidden), split(targets)))
     logprobs, best = (jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in chunks)

@@ -87,6 +87,21 @@ def test_products_are_those_of_what_the_integers_stand_for(
         assert (np.abs(np.asarray(product, np.float64) - exact) <= bound).all()
 
 
+@pytest.mark.parametrize("outputs_first", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [(1,), (2, 5)])
+def test_gradients_by_activations_are_those_of_what_the_integers_stand_for(
+    kind: Quantisation, outputs_first: bool, rows: tuple[int, ...]
+) -> None:
+    rng = np.random.default_rng(0)
+    integers, scales = quantise(rng.normal(size=(45, 128)).astype(np.float32), kind)
+    x, of_product = (jnp.asarray(rng.normal(size=(*rows, size)), jnp.float32) for size in (128, 45))
+    expected = np.asarray(of_product) @ reference.widened(integers.astype(int), scales)
+    weight, scale = (jnp.asarray(a if outputs_first else a.T) for a in (integers, scales))
+    _, gradients = jax.vjp(lambda x: partial_project(1, outputs_first)(x, weight, scale), x)
+    np.testing.assert_allclose(gradients(of_product)[0], expected, rtol=1e-5, atol=1e-4)
+
+
 def partial_project(inputs: int, outputs_first: bool) -> Callable[..., jax.Array]:
     return lambda x, weight, scale: project(x, weight, scale, inputs=inputs, outputs_first=outputs_first)
 
@@ -103,8 +118,9 @@ def stand_in(directory: Path, to: Path, kind: Quantisation, config: dict[str, An
     """The directory of a model whose weights are what the integers of this one stand for."""
     model_directory(to, config)
     tensors = load_file(directory / "model.safetensors")
-    for name in (n for n in tensors if n.endswith("_proj.weight")):
-        integers, scales = quantise(tensors[name].astype(np.float32), kind)
+    tables = ("model.embed_tokens.weight", "lm_head.weight")
+    for name in (n for n in tensors if n.endswith("_proj.weight") or n in tables):
+        integers, scales = quantise(tensors[name].astype(np.float32), "int8" if name in tables else kind)
         tensors[name] = reference.widened(integers.astype(int), scales).astype(np.float32)
     save_file(tensors, to / "model.safetensors")
     return to
@@ -123,8 +139,9 @@ def test_a_model_computes_what_its_integers_stand_for(
     for stacked in (True, False):
         found = logits(model, read(directory, model, stacked=stacked))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4, err_msg=f"{stacked=}")
-    query = read(directory, model)["layers"]["attention"]["query"]
-    assert query["weight"].dtype == jnp.dtype(kind)
+    params = read(directory, model)
+    assert params["layers"]["attention"]["query"]["weight"].dtype == jnp.dtype(kind)
+    assert params["embedding"]["weight"].dtype == params[model.head_name]["weight"].dtype == jnp.int8
     original = logits(float_model(config), read(directory, float_model(config)))
     assert np.abs(original - expected).max() > 1e-3
 

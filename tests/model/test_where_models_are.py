@@ -126,7 +126,7 @@ def test_weights_are_cast_as_numpy_casts_them(dtype: str, tmp_path: Path) -> Non
     values.flat[: len(special)] = special
     mesh = make_mesh(1, 8, 2)
     params = random_params(model)
-    params["embedding"] = jnp.asarray(values)
+    params["embedding"]["weight"] = jnp.asarray(values)
     sharded = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), params, model.abstract_params(mesh))
     with np.errstate(over="ignore"):
         expected = values.astype(np.float32).astype(jnp.dtype(dtype))

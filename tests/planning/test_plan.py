@@ -28,7 +28,7 @@ def check_parameters(content: dict[str, Any], fsdp: int, tensor: int) -> None:
     assert sum(math.prod(shape) for shape, _ in parameters.values()) * 4 == WHOLE_MODEL
     for name, (shape, part) in parameters.items():
         spread = math.prod(shape) // math.prod(part)
-        is_matrix = name in ("embedding", "head") or (not name.endswith("scale") and not name.endswith("bias"))
+        is_matrix = not name.endswith("scale") and not name.endswith("bias")
         expected = {fsdp * tensor} if is_matrix else {1, tensor}
         assert spread in expected, f"{name}: {shape} as {part}"
 

@@ -51,7 +51,7 @@ def test_eight_bits_are_widened_inside_the_products(target: str, tmp_path: Path)
     content = plan(tmp_path / "plan.json", *words, *mesh, *sizes)
     assert content["fits"]
     assert content["bytes_per_step"] <= 1.10 * content["least_bytes_per_step"]
-    weights = LAYERS + 2 * 2 * 152_064 * 5120
+    weights = LAYERS + 2 * 152_064 * 5120
     assert content["memory"]["parameters"] == pytest.approx(weights / chips, rel=0.01)
 
 

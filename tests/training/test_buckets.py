@@ -33,7 +33,9 @@ def assert_same_end(output: AnyPath, undisturbed: Path) -> None:
 
 def writing(output: AnyPath) -> bool:
     step = output / "checkpoints" / "4"
-    return (step / "default" / "params.embedding" / "zarr.json").exists() and not (step / "commit_success.txt").exists()
+    return (step / "default" / "params.embedding.weight" / "zarr.json").exists() and not (
+        step / "commit_success.txt"
+    ).exists()
 
 
 def exporting(output: AnyPath) -> bool:
