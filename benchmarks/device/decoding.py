@@ -92,7 +92,7 @@ def _decode(report: Report, case: str, model: Qwen, params: Params, length: int,
         undivided = seconds_of(partial(take, lowered.compile(_UNDIVIDED)), repeats=3) / STEPS_PER_CHUNK
     weights = _bytes(params)
     if not model.config.tie_word_embeddings:
-        weights -= params["embedding"]["weight"].nbytes
+        weights -= _bytes(params["embedding"])
     filled = _bytes(cache[0]) * rows * length / (PAGE * (1 + table.size))
     if device.platform == "gpu":
         known = "known_trip_count" in text

@@ -204,7 +204,8 @@ def _measure(loaded: LoadedModel, config: BenchmarkConfig, batch_size: int, copy
     step = statistics.median(steps)
     weights = sum(x.nbytes for x in jax.tree.leaves(loaded.params))
     if not model.config.tie_word_embeddings:
-        weights -= loaded.params["embedding"]["weight"].nbytes  # Only one row of it is read for each token.
+        # Only one row of it is read for each token.
+        weights -= sum(x.nbytes for x in jax.tree.leaves(loaded.params["embedding"]))
     filled = (section.prompt_length + total) / 2 / (per_row * PAGE)
     bytes_per_step = int(weights + filled * sum(x.nbytes for x in jax.tree.leaves(cache)))
     return Measurement(

@@ -264,9 +264,9 @@ def _as_stored(layout: TensorLayout, dtype: np.dtype, model: Qwen, params: Param
 def _converter(whole: NamedSharding | None) -> Callable[..., jax.Array]:
     def convert(layout: TensorLayout, dtype: np.dtype, stack: Any, layer: jax.Array, scale: float = 0.0) -> jax.Array:
         own = jax.tree.map(lambda array: array[layer] if layout.per_layer else array, stack)
-        # Cast first: that much less is sent and transposed.
         if isinstance(own, dict):
             own = _merged(own, scale, outputs_first=layout.as_stored)
+        # Cast first: that much less is sent and transposed.
         return layout.to_hf(own.astype(dtype))
 
     return jax.jit(convert, static_argnums=(0, 1, 4), out_shardings=whole)

@@ -110,10 +110,9 @@ def _quantised_forward(x: Array, weight: Array, scale: Array, inputs: int) -> tu
 def _quantised_backward(inputs: int, kept: tuple[Array, ...], gradient: Array) -> tuple[Array, None, None]:
     """By the activations only: what is quantised is not trained."""
     x, weight, scale = kept
-    size = math.prod(x.shape[x.ndim - inputs :])
-    matrix = widened(weight, scale, inputs, outputs_first=True).reshape(-1, size)
-    of_x = _matmul(gradient.reshape(-1, len(matrix)).astype(jnp.float32), matrix)
-    return of_x.reshape(x.shape).astype(x.dtype), None, None
+    wide = widened(weight, scale, inputs, outputs_first=True)
+    of_x, _ = _backward(inputs, True, jnp.float32, (x.astype(jnp.float32), wide), gradient)
+    return of_x.astype(x.dtype), None, None
 
 
 _quantised_by_kernel.defvjp(_quantised_forward, _quantised_backward)
