@@ -140,7 +140,8 @@ def _measured(config: BenchmarkConfig) -> Row:
             params = jax.jit(model.unstack)(model.init(jax.random.key(0), mesh))
         loaded = LoadedModel(model, params, mesh, directory)
         copy = _copy_bytes_per_second()
-        vector_bytes, has_tiles = cpu_kernel.vector_bytes(), cpu_kernel.has_tiles()
+        vector_bytes = cpu_kernel.vector_bytes()
+        units = "matrix units" if cpu_kernel.has_tiles() else "vectors" if cpu_kernel.has_pairs() else None
         results = [_measure(loaded, config, size, copy) for size in config.benchmark.batch_sizes]
     sizes = config.benchmark.batch_sizes if config.benchmark.requests else ()
     workloads = [asdict(run_workload(loaded, config.benchmark, size)) for size in sizes]
@@ -150,7 +151,7 @@ def _measured(config: BenchmarkConfig) -> Row:
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
         "cpu_vector_bytes": vector_bytes,
-        "cpu_matrix_units": has_tiles,
+        "cpu_multiplies_bfloat16_by": units,
         "jax": jax.__version__,
         "dtype": config.model.dtype,
         "weights": "checkpoint" if has_weights else "random",
@@ -264,14 +265,14 @@ def _peak_memory() -> int:
 
 
 def _table(report: Row) -> str:
-    vectors = report["cpu_vector_bytes"]
+    vectors, units = report["cpu_vector_bytes"], report["cpu_multiplies_bfloat16_by"]
     quantised = f" in {report['quantisation']}" if report["quantisation"] else ""
     lines = [
         f"{report['devices']} x {report['device']}, {report['dtype']}, {report['weights']} weights{quantised}, "
         f"prompts of {report['prompt_length']}, {report['new_tokens']} new tokens; "
         f"copy {report['copy_bytes_per_second'] / 1e9:.1f} GB/s"
         + (f"; kernels for the CPU in vectors of {vectors} bytes" if vectors else "")
-        + (" and, of bfloat16, its matrix units" if report["cpu_matrix_units"] else ""),
+        + (f", bfloat16 multiplied by its {units}" if units else ""),
         "batch  prefill tok/s  decode tok/s  ms/step  first token s  compile s  bandwidth  peak GiB",
     ]
     for result in report["results"]:

@@ -28,9 +28,10 @@ from s1jax.model.quantised_heads import Quantised
 
 FOLDER = Path(__file__).parent / "cpu"
 MATMUL = "s1jax_matmul"
+MULTIPLY = "s1jax_multiply"
 TILES = "s1jax_multiply_tiles"
 _GATE_TILES = "s1jax_gate_tiles"
-_DECODING = ("s1jax_multiply", "s1jax_attend", "s1jax_write", "s1jax_survey")
+_DECODING = (MULTIPLY, "s1jax_attend", "s1jax_write", "s1jax_survey")
 FUNCTIONS = (*_DECODING, MATMUL, "s1jax_attention", "s1jax_attention_gradients")
 _ARM = host.machine() in ("aarch64", "arm64")
 # Bytes of vectors that $S1JAX_CPU_VECTOR_BYTES may ask for: an arm64 processor has the narrowest anyway.
@@ -43,16 +44,23 @@ def multiply(
     x: Float[Array, "rows inputs"],
     weight: Shaped[Array, "outputs inputs"],
     scale: Float[Array, "outputs groups"] | None = None,
+) -> Float[Array, "rows outputs"]:
+    """`x` times the transposed `weight`, which has a dtype that is `available`, in float32. No gradients.
+
+    `x` is float32, or where there are such products (`has_pairs`), bfloat16. A weight of integers has a scale. For few
+    rows, with which the time is that of reading the weight; of bfloat16 for any number.
+    """
+    return _product(MULTIPLY, jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32), x, weight, scale)
+
+
+def multiply_by_tiles(
+    x: Float[Array, "rows inputs"],
+    weight: Shaped[Array, "outputs inputs"],
+    scale: Float[Array, "outputs groups"] | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "rows outputs"]:
-    """`x` times the transposed `weight`, which has a dtype that is `available`. No gradients.
-
-    A weight of integers has a scale. For few rows, with which the time is that of reading the weight; in float32. If
-    `x` is bfloat16, for any number, by the processor's matrix units, which must be there (`has_tiles`), and then also
-    in bfloat16.
-    """
-    function = TILES if x.dtype == jnp.bfloat16 else "s1jax_multiply"
-    return _product(function, jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), dtype), x, weight, scale)
+    """The same of an `x` of bfloat16, in float32 or bfloat16, by the processor's matrix units (`has_tiles`)."""
+    return _product(TILES, jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), dtype), x, weight, scale)
 
 
 def multiply_gated(
@@ -194,9 +202,15 @@ def available(dtype: DTypeLike) -> bool:
 
 
 def has_tiles() -> bool:
-    """Whether `multiply` takes an `x` of bfloat16: on one device whose processor has units for its products."""
+    """Whether there is `multiply_by_tiles`: on one device whose processor has matrix units for bfloat16."""
     library = _library() if available(jnp.bfloat16) else None
     return library is not None and bool(library.s1jax_tiles())
+
+
+def has_pairs() -> bool:
+    """Whether `multiply` takes an `x` of bfloat16: on one device whose processor multiplies vectors of it."""
+    library = _library() if available(jnp.bfloat16) else None
+    return library is not None and bool(ctypes.c_int.in_dll(library, "s1jax_pairs").value)
 
 
 def vector_bytes() -> int | None:

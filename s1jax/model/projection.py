@@ -82,17 +82,19 @@ def _by_kernel(
     """The product with a weight whose outputs come first: in float32, or in `dtype` if that is faster.
 
     Which kernel makes it is decided by what a row is, not by how many there are: so a row's numbers do not depend on
-    the rows beside it. Matrix units wait for integers to be widened, which for few tokens takes twice the time.
+    the rows beside it. Matrix units wait for integers to be widened, which for few tokens takes twice the time; where
+    there are none, vectors of bfloat16 are multiplied for many tokens, too.
     """
     leading, size = x.shape[: x.ndim - inputs], math.prod(x.shape[x.ndim - inputs :])
     rows, matrix = x.reshape(-1, size), weight.reshape(-1, size)
     if scale is not None:
         scale = scale.reshape(-1, scale.shape[-1])
     single_tokens = leading[1:] in ((), (1,))
+    in_pairs = x.dtype == jnp.bfloat16 and cpu_kernel.has_pairs()
     if x.dtype == jnp.bfloat16 and (scale is None or not single_tokens) and cpu_kernel.has_tiles():
-        product = cpu_kernel.multiply(rows, matrix, scale, dtype)
-    elif single_tokens:
-        product = cpu_kernel.multiply(rows.astype(jnp.float32), matrix, scale)
+        product = cpu_kernel.multiply_by_tiles(rows, matrix, scale, dtype)
+    elif single_tokens or in_pairs:
+        product = cpu_kernel.multiply(rows if in_pairs else rows.astype(jnp.float32), matrix, scale)
     else:
         product = cpu_kernel.matmul(rows.astype(jnp.float32), matrix, scale, transpose_b=True)
     return product.reshape(*leading, *weight.shape[: weight.ndim - inputs])
@@ -186,7 +188,7 @@ def _matmul(a: Array, b: Array, *, transpose_a: bool = False, transpose_b: bool 
 
 def is_product(primitive: Any, *operands: Any, **parameters: Any) -> bool:
     """Whether this is what `project` makes of activations and a weight; a policy for `jax.checkpoint`."""
-    if parameters.get("target_name") in (cpu_kernel.MATMUL, cpu_kernel.TILES):
+    if parameters.get("target_name") in (cpu_kernel.MATMUL, cpu_kernel.MULTIPLY, cpu_kernel.TILES):
         return True
     return bool(jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **parameters))
 

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -59,15 +60,17 @@ def test_a_bfloat16_weight_under_float32_has_the_products_of_its_float32_copy(ro
 
 
 needs_tiles = pytest.mark.skipif(not cpu_kernel.has_tiles(), reason="the kernels have no matrix units here")
-# Of x and of the weight: by a processor's matrix units, if it has any, both are bfloat16.
-KERNEL_DTYPES = [
-    (jnp.float32, jnp.float32),
-    (jnp.float32, jnp.bfloat16),
-    pytest.param((jnp.bfloat16, jnp.bfloat16), marks=needs_tiles),
+needs_pairs = pytest.mark.skipif(not cpu_kernel.has_pairs(), reason="the kernels multiply no pairs of bfloat16 here")
+# With the dtypes of x and of the weight.
+PRODUCTS = [
+    pytest.param(cpu_kernel.multiply, jnp.float32, jnp.float32, id="float32"),
+    pytest.param(cpu_kernel.multiply, jnp.float32, jnp.bfloat16, id="mixed"),
+    pytest.param(cpu_kernel.multiply, jnp.bfloat16, jnp.bfloat16, marks=needs_pairs, id="pairs"),
+    pytest.param(cpu_kernel.multiply_by_tiles, jnp.bfloat16, jnp.bfloat16, marks=needs_tiles, id="tiles"),
 ]
 
 
-@pytest.mark.parametrize("dtypes", KERNEL_DTYPES, ids=["float32", "mixed", "bfloat16"])
+@pytest.mark.parametrize(("multiply", "dtype", "of_weight"), PRODUCTS)
 @settings(deadline=None, max_examples=20)
 @given(
     rows=st.integers(1, 80),
@@ -76,18 +79,20 @@ KERNEL_DTYPES = [
     outputs=st.integers(1, 400),
     seed=st.integers(0, 9),
 )
-def test_the_kernel_multiplies_any_shape(dtypes: tuple, rows: int, inputs: int, outputs: int, seed: int) -> None:
-    assert cpu_kernel.available(dtypes[1])
+def test_the_kernels_multiply_any_shape(
+    multiply: Callable, dtype: type, of_weight: type, rows: int, inputs: int, outputs: int, seed: int
+) -> None:
+    assert cpu_kernel.available(of_weight)
     rng = np.random.default_rng(seed)
-    x = jnp.asarray(rng.normal(size=(rows, inputs)), dtypes[0])
-    weight = jnp.asarray(rng.normal(size=(outputs, inputs)), dtypes[1])
+    x = jnp.asarray(rng.normal(size=(rows, inputs)), dtype)
+    weight = jnp.asarray(rng.normal(size=(outputs, inputs)), of_weight)
     exact = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
     # Rounding errors add up like a random walk.
     atol = 2e-5 * max(1.0, inputs / 200) ** 0.5
-    product = cpu_kernel.multiply(x, weight)
+    product = multiply(x, weight)
     np.testing.assert_allclose(product, exact, rtol=1e-5, atol=atol)
-    if x.dtype == jnp.bfloat16:
-        rounded = cpu_kernel.multiply(x, weight, dtype=jnp.bfloat16)
+    if multiply == cpu_kernel.multiply_by_tiles:
+        rounded = multiply(x, weight, dtype=jnp.bfloat16)
         np.testing.assert_array_equal(rounded, product.astype(jnp.bfloat16))
 
 
@@ -121,14 +126,42 @@ def test_what_is_no_number_stays_so_in_a_gated_product() -> None:
     assert np.isfinite(cpu_kernel.multiply_gated(x, one, one)).tolist() == [[True], [False], [False], [False]]
 
 
-@pytest.mark.parametrize("dtypes", KERNEL_DTYPES, ids=["float32", "mixed", "bfloat16"])
-def test_the_numbers_of_a_row_do_not_depend_on_the_rows_beside_it(dtypes: tuple) -> None:
+@pytest.mark.parametrize(("multiply", "dtype", "of_weight"), PRODUCTS)
+def test_the_numbers_of_a_row_do_not_depend_on_the_rows_beside_it(
+    multiply: Callable, dtype: type, of_weight: type
+) -> None:
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(41, 2000)), dtypes[0])
-    weight = jnp.asarray(rng.normal(size=(50, 2000)), dtypes[1])
-    together = cpu_kernel.multiply(x, weight)
+    x = jnp.asarray(rng.normal(size=(41, 2000)), dtype)
+    weight = jnp.asarray(rng.normal(size=(50, 2000)), of_weight)
+    together = multiply(x, weight)
     for count in (1, 3, 8, 9, 17, 33):
-        np.testing.assert_array_equal(cpu_kernel.multiply(x[:count], weight), together[:count])
+        np.testing.assert_array_equal(multiply(x[:count], weight), together[:count])
+
+
+@needs_pairs
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(1, 20),
+    groups=st.integers(1, 5),
+    outputs=st.integers(1, 40),
+    bits=st.sampled_from([4, 8]),
+    seed=st.integers(0, 9),
+)
+def test_pairs_of_bfloat16_beside_integers(rows: int, groups: int, outputs: int, bits: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    each = int(rng.choice([16, 64, 128])) if bits == 4 else groups
+    most = 2 ** (bits - 1)
+    x = jnp.asarray(rng.normal(size=(rows, groups * each)), jnp.bfloat16)
+    integers = rng.integers(1 - most, most, (outputs, groups * each))
+    scales = rng.uniform(0.5, 2, (outputs, groups if bits == 4 else 1)).astype(np.float32)
+    stored = jnp.asarray(integers, jnp.int4 if bits == 4 else jnp.int8)
+    product = cpu_kernel.multiply(x, stored, jnp.asarray(scales))
+    # Integers of eight bits are bfloat16 themselves. Those of four are rounded with their scales.
+    weight = np.repeat(scales, groups * each // scales.shape[1], axis=1) * integers
+    if bits == 4:
+        weight = np.asarray(jnp.asarray(weight, jnp.bfloat16), np.float64)
+    exact = np.asarray(x, np.float64) @ weight.T
+    np.testing.assert_allclose(product, exact, rtol=1e-5, atol=1e-5 * most * (groups * each) ** 0.5)
 
 
 @settings(deadline=None, max_examples=40)

@@ -161,10 +161,50 @@ inline void store(float* at, Floats vector, int64_t n = kVector) {
 inline Floats all(float value) { return value - Floats{}; }
 
 // Keeps a factor in a register: compilers would read it again for each product.
-inline Floats kept(Floats factor) {
+template <class Vector>
+Vector kept(Vector factor) {
   asm("" : "+" S1JAX_REGISTER(factor));
   return factor;
 }
+
+// What a product with an x of this type takes of both at a time, and how it is added to sums.
+template <class X>
+struct Factors {
+  using Vector = Floats;
+  static constexpr int64_t kLanes = kVector;
+
+  template <class At>
+  static Vector of(At at, int64_t n) {
+    return load(at, n);
+  }
+  static Floats multiply_add(Vector a, Vector b, Floats sums) { return S1JAX_FMA(a, b, sums); }
+};
+
+// Some processors multiply pairs of bfloat16, and add both products to a float32. Of integers none but those of four bits,
+// with their scales, are rounded for it.
+#ifdef __AVX512BF16__
+constexpr bool kPairs = true;
+
+template <>
+struct Factors<BFloat16> {
+  using Vector = __m512bh;
+  static constexpr int64_t kLanes = 2 * kVector;
+
+  static Vector of(const BFloat16* at, int64_t n) {
+    if (n < kLanes) return part<Vector>(at, n);
+    Vector vector;
+    memcpy(&vector, at, sizeof(vector));
+    return vector;
+  }
+  template <class At>
+  static Vector of(At at, int64_t n) {
+    return _mm512_cvtne2ps_pbh(n > kVector ? load(at + kVector, n - kVector) : Floats{}, load(at, n));
+  }
+  static Floats multiply_add(Vector a, Vector b, Floats sums) { return _mm512_dpbf16_ps(sums, a, b); }
+};
+#else
+constexpr bool kPairs = false;
+#endif
 
 // Lanes of a and b by turns, from lane First on of each.
 template <int First, int... I>

@@ -1,5 +1,5 @@
-// What decoding does most, for XLA on a CPU, over float32 activations and caches of float32, bfloat16 or int8: products
-// with a weight stored (outputs, inputs), of those or of integers, and attention of one token over a cache.
+// What decoding does most, for XLA on a CPU, over caches of float32, bfloat16 or int8: products with a weight stored
+// (outputs, inputs), of those or of integers, and attention of one token over a cache.
 //
 // With few rows the time is that of reading the weight. Every weight is read from memory once, in the order in which it
 // is stored, and while one part is computed the next is fetched; the rows of x stay in the caches.
@@ -38,25 +38,26 @@ void sum_lanes(const Floats (&of)[N], float (&sums)[N]) {
 
 // y[r, o] = sum_k x[r, k] * weight[o, k] over n values of k, added to what y holds if `add`. Rows of x and of the weight
 // are `inputs` apart, those of y `outputs`. What lies `ahead` of what is read is fetched from memory meanwhile.
-template <class W, int Outputs, int Rows = kRows>
-void tile(int64_t rows, const float* x, W weight, int64_t inputs, int64_t n, float* y, int64_t outputs, bool add,
+template <int Outputs, int Rows = kRows, class X, class W>
+void tile(int64_t rows, const X* x, W weight, int64_t inputs, int64_t n, float* y, int64_t outputs, bool add,
           int64_t ahead) {
+  using Of = Factors<X>;
   if constexpr (Rows > 1)
-    if (rows < Rows) return tile<W, Outputs, Rows - 1>(rows, x, weight, inputs, n, y, outputs, add, ahead);
+    if (rows < Rows) return tile<Outputs, Rows - 1>(rows, x, weight, inputs, n, y, outputs, add, ahead);
   Floats sums[Outputs * Rows] = {};
   const auto vector = [&](int64_t k, int64_t lanes) {
-    Floats weights[Outputs];
+    typename Of::Vector weights[Outputs];
     for (int o = 0; o < Outputs; o++) {
       __builtin_prefetch(address(weight + (o * inputs + k + ahead)), 0, 2);
-      weights[o] = load(weight + (o * inputs + k), lanes);
+      weights[o] = Of::of(weight + (o * inputs + k), lanes);
     }
     for (int r = 0; r < Rows; r++) {
-      const Floats values = kept(load(x + r * inputs + k, lanes));
-      for (int o = 0; o < Outputs; o++) sums[o * Rows + r] = S1JAX_FMA(values, weights[o], sums[o * Rows + r]);
+      const auto values = kept(Of::of(x + r * inputs + k, lanes));
+      for (int o = 0; o < Outputs; o++) sums[o * Rows + r] = Of::multiply_add(values, weights[o], sums[o * Rows + r]);
     }
   };
   int64_t k = 0;
-  for (; k + kVector <= n; k += kVector) vector(k, kVector);
+  for (; k + Of::kLanes <= n; k += Of::kLanes) vector(k, Of::kLanes);
   if (k < n) vector(k, n - k);
   float totals[Outputs * Rows];
   sum_lanes(sums, totals);
@@ -66,11 +67,11 @@ void tile(int64_t rows, const float* x, W weight, int64_t inputs, int64_t n, flo
 
 // y = x weight^T for so many outputs of all rows; rows of y are `stride` apart. With the last tile of rows, what lies
 // `ahead` of the weight is fetched from memory.
-template <class W>
-void products(int64_t rows, int64_t inputs, int64_t outputs, const float* x, W weight, float* y, int64_t stride,
-              int64_t ahead) {
+template <class X, class W>
+void products(int64_t rows, int64_t inputs, int64_t outputs, const X* x, W weight, float* y, int64_t stride, int64_t ahead) {
+  constexpr int64_t kLanes = Factors<X>::kLanes;
   const int64_t tiles = divide_up(rows, kRows);
-  const int64_t length = divide_up(divide_up(inputs, divide_up(inputs, kInputsAtOnce)), kVector) * kVector;
+  const int64_t length = divide_up(divide_up(inputs, divide_up(inputs, kInputsAtOnce)), kLanes) * kLanes;
   for (int64_t k = 0; k < inputs; k += length)
     for (int64_t t = 0; t < tiles; t++) {
       const int64_t row = rows * t / tiles, count = rows * (t + 1) / tiles - row, n = std::min(length, inputs - k);
@@ -78,7 +79,7 @@ void products(int64_t rows, int64_t inputs, int64_t outputs, const float* x, W w
       const auto tiles_of = [&](auto width) {
         constexpr int kWidth = decltype(width)::value;
         for (; o + kWidth <= outputs; o += kWidth)
-          tile<W, kWidth>(count, x + row * inputs + k, weight + (o * inputs + k), inputs, n, y + row * stride + o, stride,
+          tile<kWidth>(count, x + row * inputs + k, weight + (o * inputs + k), inputs, n, y + row * stride + o, stride,
                           k > 0, t + 1 == tiles ? ahead : 0);
       };
       tiles_of(std::integral_constant<int, kOutputs>{});
@@ -86,15 +87,18 @@ void products(int64_t rows, int64_t inputs, int64_t outputs, const float* x, W w
     }
 }
 
-// y[m, n] = sum_k x[m, k] * weight[n, k].
-ffi::Error multiply(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::AnyBuffer weight, ffi::BufferR2<ffi::F32> scales,
+// y[m, n] = sum_k x[m, k] * weight[n, k]; x is of bfloat16 only where pairs of it are multiplied.
+ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::BufferR2<ffi::F32> scales,
                     ffi::ResultBufferR2<ffi::F32> y) {
   const int64_t rows = x.dimensions()[0], inputs = x.dimensions()[1], outputs = y->dimensions()[1];
-  return with_weight(weight, scales, [&](auto data) {
-    const auto block = [=, x = x.typed_data(), y = y->typed_data()](int64_t begin, int64_t count, int64_t ahead) {
-      products(rows, inputs, count, x, data + begin * inputs, y + begin, outputs, ahead);
-    };
-    each_outputs(pool, data, outputs, kOutputs, std::min(inputs, kInputsAtOnce), inputs, block);
+  return with_type(x, [&, y = y->typed_data()](auto* x) {
+    if constexpr (kPairs || std::is_same_v<decltype(x), const float*>)
+      with_weight(weight, scales, [&](auto data) {
+        const auto block = [=](int64_t begin, int64_t count, int64_t ahead) {
+          products(rows, inputs, count, x, data + begin * inputs, y + begin, outputs, ahead);
+        };
+        each_outputs(pool, data, outputs, kOutputs, std::min(inputs, kInputsAtOnce), inputs, block);
+      });
   });
 }
 
@@ -237,7 +241,7 @@ ffi::Error survey(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> scores, ffi::Buf
 }  // namespace
 }  // namespace s1jax
 
-extern "C" constexpr int s1jax_vector_bytes = s1jax::kVectorBytes;
+extern "C" constexpr int s1jax_vector_bytes = s1jax::kVectorBytes, s1jax_pairs = s1jax::kPairs;
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_multiply, s1jax::multiply);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(s1jax_attend, s1jax::attend);

@@ -20,7 +20,7 @@ inline void store(BFloat16* at, Floats vector, int64_t n) {
 
 namespace {
 
-constexpr int64_t kSide = 16, kPairs = 32, kTile = kSide * kPairs;
+constexpr int64_t kSide = 16, kDepth = 32, kTile = kSide * kDepth;
 
 BFloat16* data_of(const ffi::BufferR2<ffi::BF16>& buffer) { return static_cast<BFloat16*>(buffer.untyped_data()); }
 
@@ -33,10 +33,10 @@ constexpr struct alignas(64) {
 
 // Some rows of x, as many tiles side by side as they have pairs, with zeros for what is missing.
 void arrange(const BFloat16* x, int64_t rows, int64_t inputs, BFloat16* tiles) {
-  for (int64_t k = 0; k < inputs; k += kPairs, tiles += kTile) {
+  for (int64_t k = 0; k < inputs; k += kDepth, tiles += kTile) {
     Floats v[kSide] = {};
     for (int64_t row = 0; row < std::min(rows, kSide); row++)
-      memcpy(&v[row], x + row * inputs + k, std::min(kPairs, inputs - k) * sizeof(BFloat16));
+      memcpy(&v[row], x + row * inputs + k, std::min(kDepth, inputs - k) * sizeof(BFloat16));
     transpose(v);
     memcpy(tiles, v, sizeof(v));
   }
@@ -47,11 +47,11 @@ struct Tile {
   alignas(64) BFloat16 copy[kTile];
 
   std::pair<const BFloat16*, int64_t> of(const BFloat16* at, int64_t outputs, int64_t inputs, int64_t stride) {
-    if (outputs >= kSide && inputs >= kPairs) return {at, stride};
+    if (outputs >= kSide && inputs >= kDepth) return {at, stride};
     memset(copy, 0, sizeof(copy));
     for (int64_t o = 0; o < std::min(outputs, kSide); o++)
-      memcpy(copy + o * kPairs, at + o * stride, std::min(inputs, kPairs) * sizeof(BFloat16));
-    return {copy, kPairs};
+      memcpy(copy + o * kDepth, at + o * stride, std::min(inputs, kDepth) * sizeof(BFloat16));
+    return {copy, kDepth};
   }
 };
 
@@ -75,7 +75,7 @@ struct Rows {
 // Calls put(row, of_one, of_other) with the sums of every tile of rows, from that row on, and of a tile of each strip.
 template <class Put>
 void product(const Rows& rows, Strip one, Strip other, const Put& put) {
-  const int64_t inputs = rows.inputs, of_rows = divide_up(inputs, kPairs) * kTile;
+  const int64_t inputs = rows.inputs, of_rows = divide_up(inputs, kDepth) * kTile;
   const BFloat16* x = rows.tiles;
   Tile first, second;
   Sums of_one, of_other;
@@ -85,7 +85,7 @@ void product(const Rows& rows, Strip one, Strip other, const Put& put) {
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t k = 0; k < inputs; k += kPairs, x += kTile) {
+    for (int64_t k = 0; k < inputs; k += kDepth, x += kTile) {
       const auto [a, of_a] = first.of(one.at + k, one.outputs, inputs - k, inputs);
       _tile_loadd(4, a, of_a * sizeof(BFloat16));
       _tile_loadd(6, x, 64);
@@ -146,7 +146,7 @@ const BFloat16* widened(W weight, int64_t n, int64_t ahead) {
 Rows arranged(ffi::ThreadPool& pool, const ffi::BufferR2<ffi::BF16>& x) {
   constexpr int64_t kAtOnce = 8;
   const int64_t rows = x.dimensions()[0], inputs = x.dimensions()[1], panels = divide_up(rows, kSide);
-  const int64_t panel = divide_up(inputs, kPairs) * kTile;
+  const int64_t panel = divide_up(inputs, kDepth) * kTile;
   static thread_local std::vector<BFloat16> kept;
   kept.resize(panels * panel);
   share(pool, divide_up(panels, kAtOnce), [=, from = data_of(x), to = kept.data()](int64_t group, int64_t) {
