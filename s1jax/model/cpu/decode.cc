@@ -37,13 +37,12 @@ void sum_lanes(const Floats (&of)[N], float (&sums)[N]) {
 }
 
 // y[r, o] = sum_k x[r, k] * weight[o, k] over n values of k, added to what y holds if `add`. Rows of x and of the weight
-// are `inputs` apart, those of y `outputs`. What lies `ahead` of what is read is fetched from memory meanwhile.
-template <int Outputs, int Rows = kRows, class X, class W>
-void tile(int64_t rows, const X* x, W weight, int64_t inputs, int64_t n, float* y, int64_t outputs, bool add,
-          int64_t ahead) {
+// are `inputs` apart, those of y `outputs`. What lies `ahead` of what is read is fetched from memory meanwhile. Not inlined:
+// many in one function would share its registers, which made some half as fast.
+template <int Outputs, int Rows, class X, class W>
+__attribute__((noinline)) void tile(const X* x, W weight, int64_t inputs, int64_t n, float* y, int64_t outputs, bool add,
+                                    int64_t ahead) {
   using Of = Factors<X>;
-  if constexpr (Rows > 1)
-    if (rows < Rows) return tile<Outputs, Rows - 1>(rows, x, weight, inputs, n, y, outputs, add, ahead);
   Floats sums[Outputs * Rows] = {};
   const auto vector = [&](int64_t k, int64_t lanes) {
     typename Of::Vector weights[Outputs];
@@ -65,6 +64,14 @@ void tile(int64_t rows, const X* x, W weight, int64_t inputs, int64_t n, float* 
     for (int r = 0; r < Rows; r++) y[r * outputs + o] = totals[o * Rows + r] + (add ? y[r * outputs + o] : 0);
 }
 
+// The tile of so many rows.
+template <int Outputs, int Rows = kRows, class... Rest>
+void tile_of(int64_t rows, Rest... rest) {
+  if constexpr (Rows > 1)
+    if (rows < Rows) return tile_of<Outputs, Rows - 1>(rows, rest...);
+  tile<Outputs, Rows>(rest...);
+}
+
 // y = x weight^T for so many outputs of all rows; rows of y are `stride` apart. With the last tile of rows, what lies
 // `ahead` of the weight is fetched from memory.
 template <class X, class W>
@@ -79,7 +86,7 @@ void products(int64_t rows, int64_t inputs, int64_t outputs, const X* x, W weigh
       const auto tiles_of = [&](auto width) {
         constexpr int kWidth = decltype(width)::value;
         for (; o + kWidth <= outputs; o += kWidth)
-          tile<kWidth>(count, x + row * inputs + k, weight + (o * inputs + k), inputs, n, y + row * stride + o, stride,
+          tile_of<kWidth>(count, x + row * inputs + k, weight + (o * inputs + k), inputs, n, y + row * stride + o, stride,
                           k > 0, t + 1 == tiles ? ahead : 0);
       };
       tiles_of(std::integral_constant<int, kOutputs>{});
