@@ -181,8 +181,8 @@ struct Factors {
 };
 
 // Some processors multiply pairs of bfloat16, and add both products to a float32. Of integers none but those of four bits,
-// with their scales, are rounded for it.
-#ifdef __AVX512BF16__
+// with their scales, are rounded for it. Those that have matrix units too are no faster by it.
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 constexpr bool kPairs = true;
 
 template <>
