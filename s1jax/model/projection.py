@@ -90,11 +90,13 @@ def _by_kernel(
     if scale is not None:
         scale = scale.reshape(-1, scale.shape[-1])
     single_tokens = leading[1:] in ((), (1,))
-    in_pairs = x.dtype == jnp.bfloat16 and cpu_kernel.has_pairs()
-    if x.dtype == jnp.bfloat16 and (scale is None or not single_tokens) and cpu_kernel.has_tiles():
+    half = x.dtype == jnp.bfloat16
+    if half and cpu_kernel.has_pairs():
+        product = cpu_kernel.multiply(rows, matrix, scale)
+    elif half and (scale is None or not single_tokens) and cpu_kernel.has_tiles():
         product = cpu_kernel.multiply_by_tiles(rows, matrix, scale, dtype)
-    elif single_tokens or in_pairs:
-        product = cpu_kernel.multiply(rows if in_pairs else rows.astype(jnp.float32), matrix, scale)
+    elif single_tokens:
+        product = cpu_kernel.multiply(rows.astype(jnp.float32), matrix, scale)
     else:
         product = cpu_kernel.matmul(rows.astype(jnp.float32), matrix, scale, transpose_b=True)
     return product.reshape(*leading, *weight.shape[: weight.ndim - inputs])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from s1jax.model import cpu_kernel
 from s1jax.model.projection import look_up, project
+from tests.reference import quantisation as reference
 
 SHAPES = {"matrix": ((32,), (48,)), "to heads": ((32,), (4, 8)), "from heads": ((4, 8), (24,))}
 
@@ -138,6 +139,15 @@ def test_the_numbers_of_a_row_do_not_depend_on_the_rows_beside_it(
         np.testing.assert_array_equal(multiply(x[:count], weight), together[:count])
 
 
+@pytest.mark.parametrize(
+    "dtype", [jnp.float16, *([] if cpu_kernel.has_pairs() else [jnp.bfloat16])], ids=lambda dtype: dtype.__name__
+)
+def test_what_the_kernel_does_not_multiply_is_refused(dtype: type) -> None:
+    assert cpu_kernel.available(jnp.float32)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no product is made of an x of this type"):
+        jax.block_until_ready(cpu_kernel.multiply(jnp.ones((2, 40), dtype), jnp.ones((3, 40))))
+
+
 @needs_pairs
 @settings(deadline=None, max_examples=40)
 @given(
@@ -149,7 +159,7 @@ def test_the_numbers_of_a_row_do_not_depend_on_the_rows_beside_it(
 )
 def test_pairs_of_bfloat16_beside_integers(rows: int, groups: int, outputs: int, bits: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    each = int(rng.choice([16, 64, 128])) if bits == 4 else groups
+    each = int(rng.choice([16, 64, 128] if bits == 4 else [1, 9, 32, 45]))
     most = 2 ** (bits - 1)
     x = jnp.asarray(rng.normal(size=(rows, groups * each)), jnp.bfloat16)
     integers = rng.integers(1 - most, most, (outputs, groups * each))
@@ -157,7 +167,7 @@ def test_pairs_of_bfloat16_beside_integers(rows: int, groups: int, outputs: int,
     stored = jnp.asarray(integers, jnp.int4 if bits == 4 else jnp.int8)
     product = cpu_kernel.multiply(x, stored, jnp.asarray(scales))
     # Integers of eight bits are bfloat16 themselves. Those of four are rounded with their scales.
-    weight = np.repeat(scales, groups * each // scales.shape[1], axis=1) * integers
+    weight = reference.widened(integers, scales)
     if bits == 4:
         weight = np.asarray(jnp.asarray(weight, jnp.bfloat16), np.float64)
     exact = np.asarray(x, np.float64) @ weight.T

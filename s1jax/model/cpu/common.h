@@ -91,7 +91,7 @@ __attribute__((noinline)) Vector part(const T* at, int64_t n) {
 
 template <class Vector, class T>
 Vector read(const T* at, int64_t n) {
-  if (n < kVector) return part<Vector>(at, n);
+  if (n < int64_t{sizeof(Vector) / sizeof(T)}) return part<Vector>(at, n);
   Vector vector;
   memcpy(&vector, at, sizeof(Vector));
   return vector;
@@ -190,12 +190,7 @@ struct Factors<BFloat16> {
   using Vector = __m512bh;
   static constexpr int64_t kLanes = 2 * kVector;
 
-  static Vector of(const BFloat16* at, int64_t n) {
-    if (n < kLanes) return part<Vector>(at, n);
-    Vector vector;
-    memcpy(&vector, at, sizeof(vector));
-    return vector;
-  }
+  static Vector of(const BFloat16* at, int64_t n) { return read<Vector>(at, n); }
   template <class At>
   static Vector of(At at, int64_t n) {
     return _mm512_cvtne2ps_pbh(n > kVector ? load(at + kVector, n - kVector) : Floats{}, load(at, n));

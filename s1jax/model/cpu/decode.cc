@@ -94,10 +94,12 @@ void products(int64_t rows, int64_t inputs, int64_t outputs, const X* x, W weigh
     }
 }
 
-// y[m, n] = sum_k x[m, k] * weight[n, k]; x is of bfloat16 only where pairs of it are multiplied.
+// y[m, n] = sum_k x[m, k] * weight[n, k], of an x of float32, or where pairs of it are multiplied, of bfloat16.
 ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::BufferR2<ffi::F32> scales,
                     ffi::ResultBufferR2<ffi::F32> y) {
   const int64_t rows = x.dimensions()[0], inputs = x.dimensions()[1], outputs = y->dimensions()[1];
+  if (x.element_type() != ffi::F32 && !(kPairs && x.element_type() == ffi::BF16))
+    return ffi::Error::InvalidArgument("no product is made of an x of this type here");
   return with_type(x, [&, y = y->typed_data()](auto* x) {
     if constexpr (kPairs || std::is_same_v<decltype(x), const float*>)
       with_weight(weight, scales, [&](auto data) {
