@@ -41,7 +41,7 @@ def project(
 def _project_quantised(
     x: Array, weight: Array, scale: Array, inputs: int, outputs_first: bool, dtype: DTypeLike
 ) -> Array:
-    """The product, of which XLA makes one with an operand that it widens, if there is but one scale for each output."""
+    """The product, of which XLA makes one with an operand that it widens: but not one that it must scale as well."""
     groups = scale.shape[-1 if outputs_first else 0]
     each = math.prod(x.shape[x.ndim - inputs :]) // groups
     if outputs_first and platform() == "cpu" and cpu_kernel.available(weight.dtype) and each % _LANES == 0:
@@ -49,7 +49,38 @@ def _project_quantised(
     if groups == 1:
         product = _dot(x, weight.astype(x.dtype), inputs, outputs_first, dtype)
         return product * scale.reshape(product.shape[x.ndim - inputs :])
+    if x.size // (groups * each) < each:
+        return _product_by_groups(x, weight, scale, inputs, outputs_first)
     return _dot(x, widened(weight, scale, inputs, outputs_first).astype(x.dtype), inputs, outputs_first, dtype)
+
+
+def _product_by_groups(x: Array, weight: Array, scale: Array, inputs: int, outputs_first: bool) -> Array:
+    """The sums of each group of inputs, in the dtype of `x`, times their scales: integers are widened in the product.
+
+    GPUs write these sums: one for each row, where a wide weight has one number for each input of the group. TPUs add
+    them up in the product.
+    """
+    leading = x.shape[: x.ndim - inputs]
+    at = scale.ndim - 1 if outputs_first else 0
+    groups, outputs = scale.shape[at], (*scale.shape[:at], *scale.shape[at + 1 :])
+    rows = x.reshape(math.prod(leading), groups, -1)
+    if platform() != "tpu":
+        # XLA would see that several products have the same rows, and write wide weights side by side for one of all.
+        rows, weight = jax.lax.optimization_barrier((rows, weight))
+    elif len(rows) == 1:
+        # Of one row XLA makes a sum of products, for which it writes a wide weight there.
+        rows = jnp.broadcast_to(rows, (2, *rows.shape[1:]))
+    inputs_at = weight.ndim - inputs if outputs_first else 0
+    each = (*weight.shape[:inputs_at], groups, rows.shape[-1], *weight.shape[inputs_at + inputs :])
+    sums = jax.lax.dot_general(
+        rows,
+        weight.astype(x.dtype).reshape(each),
+        (((2,), (inputs_at + 1,)), ((1,), (inputs_at,))),
+        precision=precision_of(x),
+        preferred_element_type=x.dtype,
+    )
+    scaled = sums.astype(jnp.float32) * jnp.moveaxis(scale, at, 0)[:, None]
+    return jnp.sum(scaled, axis=0)[: math.prod(leading)].reshape(*leading, *outputs)
 
 
 def widened(

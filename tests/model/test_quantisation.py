@@ -64,7 +64,7 @@ def inputs_first(array: np.ndarray, inputs: tuple[int, ...]) -> np.ndarray:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("outputs_first", [True, False])
 @pytest.mark.parametrize("rows", [(1,), (1, 1), (3, 1), (2, 5), (5, 20)])
-@pytest.mark.parametrize("inputs", [(128,), (4, 96), (40,), (1024,), (7, 128)])
+@pytest.mark.parametrize("inputs", [(128,), (4, 96), (40,), (5, 24), (1024,), (7, 128)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_products_are_those_of_what_the_integers_stand_for(
     kind: Quantisation, outputs_first: bool, rows: tuple[int, ...], inputs: tuple[int, ...], dtype: Any
@@ -82,7 +82,7 @@ def test_products_are_those_of_what_the_integers_stand_for(
     if dtype == jnp.float32:
         np.testing.assert_allclose(product, exact, rtol=1e-5, atol=1e-4)
     else:
-        # The sum is rounded once, and of four bits times a scale each weight.
+        # The sum is rounded once, and of four bits each weight times its scale, or the sum of each group.
         bound = 2**-8 * np.abs(exact) + 2**-9 * (np.abs(matrix) @ np.abs(wide)) + 1e-4
         assert (np.abs(np.asarray(product, np.float64) - exact) <= bound).all()
 

@@ -56,6 +56,20 @@ def test_eight_bits_are_widened_inside_the_products(target: str, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "rows", "at_most"), [("h100:1x1", 1, 1.12), ("h100:1x1", 8, 1.5), ("tpu:v6e:2x2", 1, 1.3)]
+)
+def test_four_bits_are_widened_inside_the_products_of_few_rows(
+    target: str, rows: int, at_most: float, tmp_path: Path
+) -> None:
+    words = ("decode.py", "generate", "model.path=Qwen/Qwen2.5-7B-Instruct", "prompt=x", "--plan", target)
+    sizes = (f"batch_size={rows}", "max_total_tokens=2048", "budget.max_answer_tokens=512")
+    content = plan(tmp_path / "plan.json", *words, "model.weights=int4", *sizes)
+    # GPUs write the sums of each group of 128 inputs: for 8 rows, half of the bytes of the integers.
+    assert content["bytes_per_step"] <= at_most * content["least_bytes_per_step"]
+
+
+@pytest.mark.slow
 def test_a_cache_of_int8_has_room_for_more_rows(tmp_path: Path) -> None:
     words = ("decode.py", "generate", "model.path=Qwen/Qwen2.5-0.5B-Instruct", "prompt=x", "--plan", "h100:1x1")
     sizes = ("batch_size=16", "max_total_tokens=2048", "budget.max_answer_tokens=512")
