@@ -79,6 +79,8 @@ struct Int4 {
   Int4 operator+(int64_t n) const { return {bytes, scales, at + n, shift}; }
 };
 
+inline bool begins_group(Int4 at) { return at.at >> at.shift << at.shift == at.at; }
+
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The n elements from `at` on, fewer than a vector has, and zeros. Not inlined, as it would take the vector's register away.
@@ -172,6 +174,8 @@ template <class X>
 struct Factors {
   using Vector = Floats;
   static constexpr int64_t kLanes = kVector;
+  template <class W>
+  static constexpr bool kLooksUp = false;
 
   template <class At>
   static Vector of(At at, int64_t n) {
@@ -181,7 +185,8 @@ struct Factors {
 };
 
 // Some processors multiply pairs of bfloat16, and add both products to a float32. Of integers none but those of four bits,
-// with their scales, are rounded for it. Those that have matrix units too are no faster by it.
+// with their scales, are rounded for it: they are looked up in a table of what the sixteen are then. Those that have matrix
+// units too are no faster by it.
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 constexpr bool kPairs = true;
 
@@ -189,11 +194,26 @@ template <>
 struct Factors<BFloat16> {
   using Vector = __m512bh;
   static constexpr int64_t kLanes = 2 * kVector;
+  template <class W>
+  static constexpr bool kLooksUp = std::is_same_v<W, Int4>;
 
   static Vector of(const BFloat16* at, int64_t n) { return read<Vector>(at, n); }
   template <class At>
   static Vector of(At at, int64_t n) {
     return _mm512_cvtne2ps_pbh(n > kVector ? load(at + kVector, n - kVector) : Floats{}, load(at, n));
+  }
+  // For the first sixteen of what is read at once, and for the others: their scale may be another.
+  static Vector table(Int4 at, int64_t n) {
+    const Floats all = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+    const Int4 others = n > kVector ? at + kVector : at;
+    return _mm512_cvtne2ps_pbh(all * others.scales[others.at >> at.shift], all * at.scales[at.at >> at.shift]);
+  }
+  static Vector of(Int4 at, int64_t n, Vector table) {
+    const __m512i bytes = _mm512_cvtepu8_epi32(read<__m128i>(at.bytes + (at.at >> 1), n / 2));
+    const __m512i halves = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+    // What is in the lower half of a byte or in the upper one, and then where its half of the table begins.
+    const __m512i of_table = (bytes | bytes << 12) & _mm512_set1_epi16(15) | halves;
+    return (Vector)_mm512_permutexvar_epi16(of_table, (__m512i)table);
   }
   static Floats multiply_add(Vector a, Vector b, Floats sums) { return _mm512_dpbf16_ps(sums, a, b); }
 };

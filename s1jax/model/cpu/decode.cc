@@ -12,8 +12,9 @@ namespace {
 // A tile of kRows x kOutputs sums, a vector of weights for each output and one of x fill the vector registers.
 constexpr int kRows = kRegisters / 4, kOutputs = 3;
 
-// So many inputs at a time: then those of a tile of x stay in the nearest cache.
-constexpr int64_t kInputsAtOnce = 896;
+// Of a row of x at a time: then those of a tile stay in the nearest cache.
+template <class X>
+constexpr int64_t kInputsAtOnce = 3584 / sizeof(X);
 
 // The sum of the lanes of each of N vectors: always of halves, so that a row's numbers do not depend on how many rows
 // are summed beside it.
@@ -44,11 +45,18 @@ __attribute__((noinline)) void tile(const X* x, W weight, int64_t inputs, int64_
                                     int64_t ahead) {
   using Of = Factors<X>;
   Floats sums[Outputs * Rows] = {};
+  [[maybe_unused]] typename Of::Vector tables[Outputs];
   const auto vector = [&](int64_t k, int64_t lanes) {
     typename Of::Vector weights[Outputs];
     for (int o = 0; o < Outputs; o++) {
-      __builtin_prefetch(address(weight + (o * inputs + k + ahead)), 0, 2);
-      weights[o] = Of::of(weight + (o * inputs + k), lanes);
+      const auto at = weight + (o * inputs + k);
+      __builtin_prefetch(address(at + ahead), 0, 2);
+      if constexpr (Of::template kLooksUp<W>) {
+        if (k == 0 || begins_group(weight + k)) tables[o] = Of::table(at, lanes);
+        weights[o] = Of::of(at, lanes, tables[o]);
+      } else {
+        weights[o] = Of::of(at, lanes);
+      }
     }
     for (int r = 0; r < Rows; r++) {
       const auto values = kept(Of::of(x + r * inputs + k, lanes));
@@ -78,7 +86,7 @@ template <class X, class W>
 void products(int64_t rows, int64_t inputs, int64_t outputs, const X* x, W weight, float* y, int64_t stride, int64_t ahead) {
   constexpr int64_t kLanes = Factors<X>::kLanes;
   const int64_t tiles = divide_up(rows, kRows);
-  const int64_t length = divide_up(divide_up(inputs, divide_up(inputs, kInputsAtOnce)), kLanes) * kLanes;
+  const int64_t length = divide_up(divide_up(inputs, divide_up(inputs, kInputsAtOnce<X>)), kLanes) * kLanes;
   for (int64_t k = 0; k < inputs; k += length)
     for (int64_t t = 0; t < tiles; t++) {
       const int64_t row = rows * t / tiles, count = rows * (t + 1) / tiles - row, n = std::min(length, inputs - k);
@@ -102,11 +110,11 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weigh
     return ffi::Error::InvalidArgument("no product is made of an x of this type here");
   return with_type(x, [&, y = y->typed_data()](auto* x) {
     if constexpr (kPairs || std::is_same_v<decltype(x), const float*>)
-      with_weight(weight, scales, [&](auto data) {
+      with_weight(weight, scales, [&, at_once = kInputsAtOnce<std::decay_t<decltype(*x)>>](auto data) {
         const auto block = [=](int64_t begin, int64_t count, int64_t ahead) {
           products(rows, inputs, count, x, data + begin * inputs, y + begin, outputs, ahead);
         };
-        each_outputs(pool, data, outputs, kOutputs, std::min(inputs, kInputsAtOnce), inputs, block);
+        each_outputs(pool, data, outputs, kOutputs, std::min(inputs, at_once), inputs, block);
       });
   });
 }
