@@ -47,15 +47,20 @@ def _project_quantised(
     if outputs_first and platform() == "cpu" and cpu_kernel.available(weight.dtype) and each % _LANES == 0:
         return _quantised_by_kernel(x, weight, scale, inputs)
     if groups == 1:
-        product = _dot(x, weight.astype(x.dtype), inputs, outputs_first, dtype)
+        product = _dot(x, weight.astype(x.dtype), inputs, outputs_first, _of_sums(dtype))
         return product * scale.reshape(product.shape[x.ndim - inputs :])
     if x.size // (groups * each) < each:
         return _product_by_groups(x, weight, scale, inputs, outputs_first)
     return _dot(x, widened(weight, scale, inputs, outputs_first).astype(x.dtype), inputs, outputs_first, dtype)
 
 
+def _of_sums(dtype: DTypeLike) -> DTypeLike:
+    """The dtype of sums that are not scaled yet: they may be more than the greatest of float16."""
+    return jnp.float32 if dtype == jnp.float16 else dtype
+
+
 def _product_by_groups(x: Array, weight: Array, scale: Array, inputs: int, outputs_first: bool) -> Array:
-    """The sums of each group of inputs, in the dtype of `x`, times their scales: integers are widened in the product.
+    """The sums of each group of inputs times their scales; XLA widens the integers inside the product.
 
     GPUs write these sums: one for each row, where a wide weight has one number for each input of the group. TPUs add
     them up in the product.
@@ -77,7 +82,7 @@ def _product_by_groups(x: Array, weight: Array, scale: Array, inputs: int, outpu
         weight.astype(x.dtype).reshape(each),
         (((2,), (inputs_at + 1,)), ((1,), (inputs_at,))),
         precision=precision_of(x),
-        preferred_element_type=x.dtype,
+        preferred_element_type=_of_sums(x.dtype),
     )
     scaled = sums.astype(jnp.float32) * jnp.moveaxis(scale, at, 0)[:, None]
     return jnp.sum(scaled, axis=0)[: math.prod(leading)].reshape(*leading, *outputs)

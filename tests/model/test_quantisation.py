@@ -89,6 +89,16 @@ def test_products_are_those_of_what_the_integers_stand_for(
 
 @pytest.mark.parametrize("outputs_first", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
+def test_sums_of_integers_may_be_more_than_float16_has(kind: Quantisation, outputs_first: bool) -> None:
+    rows = np.full((3, 256), 0.001, np.float32)
+    weight, scale = (jnp.asarray(a if outputs_first else a.T) for a in quantise(rows, kind))
+    x = jnp.full((2, 256), 300, jnp.float16)
+    product = jax.jit(partial_project(1, outputs_first))(x, weight, scale)
+    np.testing.assert_allclose(product, np.full((2, 3), 256 * 0.3), rtol=2**-10)
+
+
+@pytest.mark.parametrize("outputs_first", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [(1,), (2, 5)])
 def test_gradients_by_activations_are_those_of_what_the_integers_stand_for(
     kind: Quantisation, outputs_first: bool, rows: tuple[int, ...]
