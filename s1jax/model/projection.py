@@ -75,12 +75,11 @@ def _product_by_groups(x: Array, weight: Array, scale: Array, inputs: int, outpu
     elif len(rows) == 1:
         # Of one row XLA makes a sum of products, for which it writes a wide weight there.
         rows = jnp.broadcast_to(rows, (2, *rows.shape[1:]))
-    inputs_at = weight.ndim - inputs if outputs_first else 0
-    each = (*weight.shape[:inputs_at], groups, rows.shape[-1], *weight.shape[inputs_at + inputs :])
+    in_groups = (*scale.shape[: at + 1], rows.shape[-1], *scale.shape[at + 1 :])
     sums = jax.lax.dot_general(
         rows,
-        weight.astype(x.dtype).reshape(each),
-        (((2,), (inputs_at + 1,)), ((1,), (inputs_at,))),
+        weight.astype(x.dtype).reshape(in_groups),
+        (((2,), (at + 1,)), ((1,), (at,))),
         precision=precision_of(x),
         preferred_element_type=_of_sums(x.dtype),
     )

@@ -174,8 +174,6 @@ template <class X>
 struct Factors {
   using Vector = Floats;
   static constexpr int64_t kLanes = kVector;
-  template <class W>
-  static constexpr bool kLooksUp = false;
 
   template <class At>
   static Vector of(At at, int64_t n) {
@@ -194,8 +192,6 @@ template <>
 struct Factors<BFloat16> {
   using Vector = __m512bh;
   static constexpr int64_t kLanes = 2 * kVector;
-  template <class W>
-  static constexpr bool kLooksUp = std::is_same_v<W, Int4>;
 
   static Vector of(const BFloat16* at, int64_t n) { return read<Vector>(at, n); }
   template <class At>

@@ -45,13 +45,14 @@ __attribute__((noinline)) void tile(const X* x, W weight, int64_t inputs, int64_
                                     int64_t ahead) {
   using Of = Factors<X>;
   Floats sums[Outputs * Rows] = {};
+  constexpr bool kLooksUp = std::is_same_v<X, BFloat16> && std::is_same_v<W, Int4>;
   [[maybe_unused]] typename Of::Vector tables[Outputs];
   const auto vector = [&](int64_t k, int64_t lanes) {
     typename Of::Vector weights[Outputs];
     for (int o = 0; o < Outputs; o++) {
       const auto at = weight + (o * inputs + k);
       __builtin_prefetch(address(at + ahead), 0, 2);
-      if constexpr (Of::template kLooksUp<W>) {
+      if constexpr (kLooksUp) {
         if (k == 0 || begins_group(weight + k)) tables[o] = Of::table(at, lanes);
         weights[o] = Of::of(at, lanes, tables[o]);
       } else {
@@ -110,11 +111,12 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weigh
     return ffi::Error::InvalidArgument("no product is made of an x of this type here");
   return with_type(x, [&, y = y->typed_data()](auto* x) {
     if constexpr (kPairs || std::is_same_v<decltype(x), const float*>)
-      with_weight(weight, scales, [&, at_once = kInputsAtOnce<std::decay_t<decltype(*x)>>](auto data) {
+      with_weight(weight, scales, [&](auto data) {
         const auto block = [=](int64_t begin, int64_t count, int64_t ahead) {
           products(rows, inputs, count, x, data + begin * inputs, y + begin, outputs, ahead);
         };
-        each_outputs(pool, data, outputs, kOutputs, std::min(inputs, at_once), inputs, block);
+        const int64_t at_once = std::min(inputs, kInputsAtOnce<std::decay_t<decltype(*x)>>);
+        each_outputs(pool, data, outputs, kOutputs, at_once, inputs, block);
       });
   });
 }
