@@ -21,6 +21,7 @@ from s1jax.curation.message import Reply, read_reply, read_usage
 from s1jax.curation.sections import EndpointSection
 from s1jax.jsonl import InputError, RowWriter, replace_rows, stream_rows
 from s1jax.paths import AnyPath
+from s1jax.progress import progress
 from s1jax.resume import keep_settings
 
 STATUSES = ("done", "failed", "unasked")
@@ -78,7 +79,7 @@ def ask_all(
         run = _Run(section, endpoint, kept, read)
         waiting = [ask for ask in asks if kept.status.get(ask.id) not in run.ended]
         ended = len(asks) - len(waiting)
-        with tqdm(total=len(asks), initial=ended, desc=name, unit="question", disable=None) as bar:
+        with progress("question", len(asks), initial=ended, name=name) as bar:
             asyncio.run(run.ask(waiting, bar))
         ids = {ask.id for ask in asks}
         try:

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from tqdm import tqdm
-
 from s1jax.config import GenerateConfig, ModelSection
 from s1jax.config_reader import ConfigError
 from s1jax.curation.asking import Ask, ask_all, user_turn
@@ -13,6 +11,7 @@ from s1jax.curation.message import Reply
 from s1jax.curation.sections import StudentSection
 from s1jax.jsonl import InputError, RowWriter, merge_parts, written_rows
 from s1jax.paths import AnyPath
+from s1jax.progress import progress
 from s1jax.resume import keep_settings
 
 
@@ -84,7 +83,7 @@ def _compute(
     events = build_engine(config, setup, len(requests)).run(requests) if requests else ()
     with (
         RowWriter(results) as writer,
-        tqdm(total=len(requests), desc=f"attempt {name}", unit="question", disable=None) as bar,
+        progress("question", len(requests), name=f"attempt {name}") as bar,
     ):
         writer.append(failed)
         for event in events:

@@ -5,14 +5,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from s1jax.curation.files import read_questions
 from s1jax.curation.judge import Case, judge
 from s1jax.curation.sections import GradeSection
 from s1jax.evaluation.grading import Grader, Kind
 from s1jax.jsonl import InputError, RowWriter, merge_parts, replace_rows, stream_rows, written_rows
 from s1jax.paths import AnyPath
+from s1jax.progress import progress
 
 _Row = dict[str, Any]
 _CHOICE = re.compile(r"\(?[A-J]\)?")
@@ -85,12 +84,13 @@ def _verified(section: GradeSection, cases: dict[tuple[str, str], Case], results
     rows = []
     grader = Grader(section.grading_seconds)
     try:
-        with RowWriter(results) as writer:
-            for (who, identity), case in tqdm(cases.items(), desc="grade", unit="answer", disable=None):
+        with RowWriter(results) as writer, progress("answer", len(cases), name="grade") as bar:
+            for (who, identity), case in cases.items():
                 kind: Kind = "choice" if _CHOICE.fullmatch(case.reference.strip()) else "math"
                 found = grader.grade(case.attempt, case.reference, kind)
                 rows.append(_row(who, identity, section.method, found.verdict, found.reason))
                 writer.append(rows[-1:])
+                bar.update()
     finally:
         grader.close()
     merge_parts(results, key=lambda row: (row["who"], row["id"]))

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from s1jax.config_reader import ConfigError
 from s1jax.curation.card import Entry
@@ -14,6 +13,7 @@ from s1jax.curation.files import stage_output
 from s1jax.data.sources import read_source
 from s1jax.jsonl import InputError, Problem, describe, replace_rows, stream_rows
 from s1jax.paths import AnyPath
+from s1jax.progress import progress
 from s1jax.tokenizer import encode, load_tokenizer
 
 UNCLASSIFIED = "unclassified"
@@ -151,11 +151,13 @@ def _candidates(config: CurateConfig, filtered: AnyPath) -> list[Candidate]:
     )
     candidates = []
     rows = stream_rows(filtered, id=str, source=str, trace=str, domain=str | None, teacher=str | None)
-    for row in tqdm(rows, desc="select", unit="trace", disable=None):
-        trace = row["trace"]
-        length = len(encode(trace, tokenizer)) if tokenizer else len(trace.split())
-        domain = row["domain"] or domains.get(row["id"]) or UNCLASSIFIED
-        candidates.append(Candidate(row["id"], row["source"], domain, length, row["teacher"]))
+    with progress("trace", None, name="select") as bar:
+        for row in rows:
+            trace = row["trace"]
+            length = len(encode(trace, tokenizer)) if tokenizer else len(trace.split())
+            domain = row["domain"] or domains.get(row["id"]) or UNCLASSIFIED
+            candidates.append(Candidate(row["id"], row["source"], domain, length, row["teacher"]))
+            bar.update()
     return candidates
 
 

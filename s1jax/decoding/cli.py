@@ -21,6 +21,7 @@ from s1jax.jsonl import InputError
 from s1jax.model.fingerprint import model_fingerprint
 from s1jax.paths import any_path
 from s1jax.processes import together
+from s1jax.progress import progress
 from s1jax.resume import keep_settings, settings_of
 
 _FREE_TO_CHANGE = ("output", "batch_size", "cache", "mesh", "plan", "prompts")
@@ -78,7 +79,7 @@ def generate(config: GenerateConfig) -> None:
         ]
         if missing:
             engine = _engine(config, setup, hosts, missing)
-            with hosts.progress(len(missing), "answer") as bar:
+            with progress("answer", len(missing), shown=hosts.writes) as bar:
                 for event in engine.run(missing):
                     if isinstance(event, Finished):
                         output.append([_line(event, prompts[event.request.index], config.sampling.num_samples)])

@@ -14,12 +14,10 @@ import sys
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import jax
 from jax.sharding import PartitionSpec
-from tqdm import tqdm
 
 from s1jax.config import DecodingMeshSection
 from s1jax.config_reader import to_dict
@@ -32,8 +30,6 @@ BEAT_SECONDS = 10.0
 """Between two signs of life of a process with a copy."""
 GONE_BEATS = 6
 """A process that gives no sign of life for so long is gone, and the others end."""
-LINE_SECONDS = 60.0
-"""Between two lines of progress where there is no terminal."""
 _FINISHED = b"finished"
 
 Row = dict[str, Any]
@@ -64,14 +60,6 @@ class Hosts:
         content = together(lambda: json.dumps(read()) if self.processes.index == 0 else "")
         told: T = json.loads(broadcast(content.encode()))
         return told
-
-    def progress(self, total: int, unit: str) -> "tqdm[Any]":
-        """A progress bar on a terminal, and a line each `LINE_SECONDS` in a log; shown by processes that write."""
-        show = partial(tqdm, total=total, unit=unit, disable=not self.writes)
-        if sys.stderr.isatty():
-            return show()
-        line = "{percentage:.0f}%, {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
-        return show(bar_format=line, delay=LINE_SECONDS, mininterval=LINE_SECONDS, maxinterval=LINE_SECONDS)
 
 
 def start_hosts(mesh: DecodingMeshSection) -> Hosts:

@@ -24,6 +24,7 @@ from s1jax.model.qwen import Params, Qwen
 from s1jax.model.token_logprobs import token_logprobs
 from s1jax.paths import AnyPath, any_path
 from s1jax.processes import together
+from s1jax.progress import progress
 from s1jax.resume import keep_settings, settings_of
 from s1jax.tokenizer import encode, load_tokenizer
 
@@ -78,7 +79,7 @@ def score(config: ScoreConfig) -> None:
         windows = [mine[start : start + window] for start in range(0, len(mine), window)]
         left = sum(number not in done for number in mine)
         loaded = together(lambda: load_model(config.model, config.mesh)) if left else None
-        with hosts.progress(left, "row") as bar:
+        with progress("row", left, shown=hosts.writes) as bar:
             for chosen in windows:
                 if loaded is None or done.issuperset(chosen):
                     continue

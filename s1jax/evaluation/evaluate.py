@@ -27,6 +27,7 @@ from s1jax.jsonl import InputError
 from s1jax.model.fingerprint import model_fingerprint
 from s1jax.paths import any_path, write_whole
 from s1jax.processes import together
+from s1jax.progress import progress
 from s1jax.resume import keep_settings, settings_of
 
 _FREE_TO_CHANGE = ("output_dir", "batch_size", "cache", "mesh", "grading_seconds", "plan")
@@ -129,7 +130,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
                     build = partial(build_engine, config, setup, len(missing), share=config.sweep.share)
                     engine = together(build)
                 job_of = {id(job.request): job for job in missing}
-                with hosts.progress(len(missing), "answer") as bar:
+                with progress("answer", len(missing), shown=hosts.writes) as bar:
                     for event in engine.run([job.request for job in missing]):
                         if isinstance(event, Finished):
                             line = _line(job_of[id(event.request)], event)

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: always metrics.jsonl, a live line on a terminal, and trackers if configured."""
+"""Where the numbers of a run go: always metrics.jsonl and a line of progress, and trackers if configured."""
 
 import json
 import secrets
@@ -6,11 +6,10 @@ import tempfile
 from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
 
-from tqdm import tqdm
-
 from s1jax.config_reader import ConfigError
 from s1jax.jsonl import RowWriter, merge_parts, replace_rows, written_rows
 from s1jax.paths import AnyPath, BucketPath, write_whole
+from s1jax.progress import progress
 from s1jax.training.config import LoggingSection
 
 
@@ -52,19 +51,16 @@ class MetricsFile:
 
 
 class LiveLine:
-    """Progress on a terminal, with the numbers of the last step and the time left; nothing where there is none."""
+    """How far the run is, with the numbers of the last step and the time left."""
 
     def __init__(self, first_step: int, total_steps: int):
         """Show progress from `first_step` to `total_steps`."""
-        self._bar = tqdm(total=total_steps, initial=first_step, disable=None, unit="step", dynamic_ncols=True)
+        self._bar = progress("step", total_steps, initial=first_step)
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
-        """Redraw the line."""
-        if self._bar.disable:
-            return
+        """Redraw the line, or write one where it is time."""
         self._bar.set_postfix({name: f"{value:.4g}" for name, value in numbers.items()}, refresh=False)
-        self._bar.n = step
-        self._bar.refresh()
+        self._bar.update(step - self._bar.n)
 
     def flush(self) -> None:
         """Nothing is held back."""
