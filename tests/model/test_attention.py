@@ -1,24 +1,30 @@
 """Chunked attention against the plain one, and the plain one against the formula."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import make_splash_mha
 
 from s1jax.data.examples import Example
 from s1jax.data.packing import StepPlan, build_batch
+from s1jax.model import accelerator_attention, block_attention
 from s1jax.model import attention as module
-from s1jax.model import block_attention
 from s1jax.model.accelerator_attention import lengths_and_offsets
 from s1jax.model.attention import attention
 from tests.reference.attention import reference_attention
 
 
-def arrays(batch: int, length: int, key_length: int, heads: int, kv_heads: int, seed: int = 0) -> list[jax.Array]:
+def arrays(
+    batch: int, length: int, key_length: int, heads: int, kv_heads: int, seed: int = 0, head_dim: int = 8
+) -> list[jax.Array]:
     keys = jax.random.split(jax.random.key(seed), 3)
-    shapes = [(batch, length, heads, 8), (batch, key_length, kv_heads, 8), (batch, key_length, kv_heads, 8)]
+    shapes = [(batch, length, heads, head_dim), *[(batch, key_length, kv_heads, head_dim)] * 2]
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
@@ -49,24 +55,36 @@ def test_plain_attention_is_the_formula(length: int, groups: int, segments: bool
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("length", [16, 40, 64])
-@pytest.mark.parametrize("segments", [False, True])
-def test_chunked_equals_plain_with_gradients(length: int, segments: bool) -> None:
-    query, key, value = arrays(2, length, length, 4, 2)
+def assert_equals_plain_with_gradients(implementation: str, length: int, head_dim: int, *, segments: bool) -> None:
+    qkv = arrays(2, length, length, 4, 2, head_dim=head_dim)
     segment_ids = packed_segments(2, length) if segments else None
 
     def loss(qkv, implementation):
         out = attention(*qkv, segment_ids=segment_ids, implementation=implementation)
+        if segments:
+            out = jnp.where((segment_ids > 0)[..., None, None], out, 0)
         return jnp.sum(jnp.sin(out)), out
 
     grads = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
-    for a, b in zip(
-        jax.tree.leaves(grads((query, key, value), "plain")),
-        jax.tree.leaves(grads((query, key, value), "chunked")),
-        strict=True,
-    ):
+    found, plain = (jax.tree.leaves(grads(qkv, name)) for name in (implementation, "plain"))
+    for a, b in zip(found, plain, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("length", [16, 40, 64])
+@pytest.mark.parametrize("segments", [False, True])
+def test_chunked_equals_plain_with_gradients(length: int, segments: bool) -> None:
+    assert_equals_plain_with_gradients("chunked", length, 8, segments=segments)
+
+
+@pytest.mark.parametrize("length", [128, 384, 512, 640])
+@pytest.mark.parametrize("segments", [False, True])
+def test_tpus_kernel_equals_plain_with_gradients(length: int, segments: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted, in blocks of at most 256 tokens, which not all the rows are whole blocks of."""
+    monkeypatch.setattr(accelerator_attention, "_TPU_BLOCK", 256)
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", partial(make_splash_mha, interpret=True))
+    assert_equals_plain_with_gradients("splash", length, 128, segments=segments)
 
 
 @settings(max_examples=20, deadline=None)
