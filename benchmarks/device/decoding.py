@@ -110,8 +110,7 @@ def _decode(report: Report, case: str, model: Qwen, params: Params, length: int,
     if hardware is not None:
         target = Target(hardware, (1, 1))
         program = Program(text)
-        mesh = make_mesh(1, 1, 1, [device])
-        planned = estimate(program, target, mesh, efficiency=1.0).total + latency(program, target)
+        planned = estimate(program, target, efficiency=1.0).total + latency(program, target)
         row["share of bandwidth"] = (weights + filled) / seconds / hardware.memory_bandwidth
         row["planned ms"] = 1e3 * planned / STEPS_PER_CHUNK
     peak = (device.memory_stats() or {}).get("peak_bytes_in_use")

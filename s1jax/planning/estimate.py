@@ -1,17 +1,16 @@
 """Memory and time of a compiled program on hardware that is not here, by the roofline of what it does."""
 
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
 
-import numpy as np
-from jax.sharding import Mesh
 from jax.stages import Lowered
 
 from s1jax.compiling import NoRoomError, compile_within_memory
 from s1jax.device_memory import GPU_MEMORY_FRACTION
 from s1jax.planning.hardware import Hardware, PlanError, Target
-from s1jax.planning.hlo import Collective, Program
-from s1jax.planning.traffic import host_traffic, launches, memory_traffic
+from s1jax.planning.hlo import Collective, Computation, Instruction, Program
+from s1jax.planning.traffic import host_traffic, launches, memory_traffic, operation_traffic
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ class Estimate:
     exchange: float
     """All collectives at the full bandwidth of their links."""
     exposed: float
-    """What is not hidden behind arithmetic: collectives of the tensor axis, and what of the others and of `host` takes
-    longer than the arithmetic beside it."""
+    """What is waited for: collectives that take longer than what is scheduled between their start and the use of their
+    results, and what of `host` takes longer than the arithmetic beside it."""
     host: float
     """All transfers between the device and its host's memory at their full bandwidth."""
     latency: float = 0.0
@@ -74,26 +73,31 @@ def compile_for(target: Target, lowered: Lowered, what: str) -> Any:
         raise PlanError(f"{what} do not fit {target}: {error}") from None
 
 
-def estimate(program: Program, target: Target, mesh: Mesh, *, efficiency: float, kernel_flops: float = 0.0) -> Estimate:
-    """The roofline of one run; `kernel_flops` are those of one device that the program's HLO does not show.
+def estimate(
+    program: Program, target: Target, *, efficiency: float, kernel_flops: Mapping[str, float] | None = None
+) -> Estimate:
+    """The roofline of one run; `kernel_flops` are those of one run of each kernel, which the HLO does not show.
 
     What is moved to the host is what a training step's forward pass keeps, a third of the arithmetic, and its backward
     pass fetches. Latency is not counted: `latency` says it.
     """
-    hardware = target.hardware
-    compute = (program.dot_flops + kernel_flops) / (hardware.peak_flops * efficiency)
-    # A program numbers devices by their place in the mesh, which on a TPU is not their own number.
-    tensor_group = tuple(np.arange(mesh.size).reshape(mesh.devices.shape)[0, 0].tolist())
-    seconds = {c: _exchange_seconds(c, target) for c in program.collectives}
-    tensor = sum(time for collective, time in seconds.items() if collective.group == tensor_group)
-    others = sum(seconds.values()) - tensor
+    hardware, kernel_flops = target.hardware, kernel_flops or {}
+    flops_per_second = hardware.peak_flops * efficiency
+
+    def seconds(instruction: Instruction, computation: Computation) -> float:
+        flops = program.flops(instruction, computation) + kernel_flops.get(program.target(instruction) or "", 0.0)
+        moved = operation_traffic(program, instruction, computation)
+        return max(flops / flops_per_second, moved / hardware.memory_bandwidth)
+
+    flops = program.dot_flops + sum(program.kernels[name] * flops for name, flops in kernel_flops.items())
+    compute = flops / flops_per_second
     written, read = (num_bytes / hardware.host_bandwidth for num_bytes in host_traffic(program))
     waited = max(0.0, written - compute / 3) + max(0.0, read - 2 * compute / 3)
     return Estimate(
         compute=compute,
         memory=memory_traffic(program).num_bytes / hardware.memory_bandwidth,
-        exchange=tensor + others,
-        exposed=tensor + max(0.0, others - compute) + waited,
+        exchange=sum(_exchange_seconds(collective, target) for collective in program.collectives),
+        exposed=program.waited(seconds, lambda collective: _exchange_seconds(collective, target)) + waited,
         host=written + read,
     )
 

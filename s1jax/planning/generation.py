@@ -185,7 +185,7 @@ def plan_generation(config: GenerateConfig, target: Target, devices: Sequence[ja
     memory = Memory(device_bytes(params), 0, device_bytes(cache), temporaries(compiled, target.hardware.platform))
     usable = usable_bytes(target.hardware)
     roofline = replace(
-        estimate(program, target, mesh, efficiency=config.plan.efficiency), latency=latency(program, target)
+        estimate(program, target, efficiency=config.plan.efficiency), latency=latency(program, target)
     ).of_one(STEPS_PER_CHUNK)
     traffic = memory_traffic(program)
     room = usable - memory.parameters - memory.temporaries

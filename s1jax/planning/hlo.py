@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -128,17 +128,21 @@ class Program:
         def run(name: str, times: float) -> None:
             runs[name] += times
             for instruction in self._computations[name].values():
-                if instruction.opcode == "while":
-                    times_inside = times * self._trips(instruction)
-                elif instruction.opcode in ("call", "call-start", "conditional"):
-                    times_inside = times
-                else:
-                    continue
-                for called in self._names_called(instruction):
-                    run(called, times_inside)
+                for called, times_inside in self._run_by(instruction):
+                    run(called, times * times_inside)
 
         run(self._entry, 1.0)
         return runs
+
+    def _run_by(self, instruction: Instruction) -> list[tuple[str, int]]:
+        """The computations that an operation runs on their own account, and how often each."""
+        if instruction.opcode == "while":
+            times = self._trips(instruction)
+        elif instruction.opcode in ("call", "call-start", "conditional"):
+            times = 1
+        else:
+            return []
+        return [(called, times) for called in self._names_called(instruction)]
 
     @cached_property
     def open_ends(self) -> int:
@@ -202,19 +206,55 @@ class Program:
         found = _TARGET.search(instruction.text) if instruction.opcode == "custom-call" else None
         return found[1] if found else None
 
+    def waited(
+        self, cost: Callable[[Instruction, Computation], float], exchange: Callable[[Collective], float]
+    ) -> float:
+        """Seconds of one run in which nothing is computed, because what comes next waits for a collective.
+
+        Operations take place one after the other, as scheduled, each for the seconds that `cost` says; collectives,
+        which take those of `exchange`, beside them and one at a time, from where they start to where they are needed.
+        """
+
+        @cache
+        def run(name: str) -> tuple[float, float]:
+            """The seconds of a computation, and how many of them are waited."""
+            computation = self._computations[name]
+            now = waited = link_free = 0.0
+            ends: dict[str, float] = {}
+            for instruction in computation.values():
+                needed = 0.0
+                if collective := self._collective(instruction, computation):
+                    link_free = max(now, link_free) + exchange(collective)
+                    ends[instruction.name] = link_free
+                    needed = 0.0 if instruction.opcode.endswith("-start") else link_free
+                elif instruction.opcode.endswith("-done"):
+                    needed = ends.get(instruction.operands[0], 0.0)
+                elif called := self._run_by(instruction):
+                    for inner, times in called:
+                        seconds, inside = run(inner)
+                        now += times * seconds
+                        waited += times * inside
+                else:
+                    now += cost(instruction, computation)
+                waited += max(0.0, needed - now)
+                now = max(now, needed)
+            return now, waited
+
+        return run(self._entry)[1]
+
     @cached_property
     def dot_flops(self) -> float:
         """Floating-point operations of all matrix products, two for each multiply-add; kernels are not seen into."""
+        return self.sum(self.flops)
 
-        def flops(instruction: Instruction, computation: Computation) -> float:
-            if instruction.opcode in ("dot", "convolution"):
-                return _dot_flops(instruction, computation)
-            if instruction.opcode == "fusion" or instruction.opcode in BESIDE:
-                inner = self.called_by(instruction) or {}
-                return sum(flops(inside, inner) for inside in inner.values())
-            return 0.0
-
-        return self.sum(flops)
+    def flops(self, instruction: Instruction, computation: Computation) -> float:
+        """Of an operation's matrix products."""
+        if instruction.opcode in ("dot", "convolution"):
+            return _dot_flops(instruction, computation)
+        if instruction.opcode == "fusion" or instruction.opcode in BESIDE:
+            inner = self.called_by(instruction) or {}
+            return sum(self.flops(inside, inner) for inside in inner.values())
+        return 0.0
 
     @cached_property
     def collectives(self) -> list[Collective]:
@@ -223,17 +263,22 @@ class Program:
         for name, times in self._runs.items():
             computation = self._computations[name]
             for instruction in computation.values():
-                kind, exchange = self._exchange(instruction)
-                if exchange is None:
-                    continue
-                into = sum(s.num_bytes for operand in instruction.operands for s in _shapes_of(computation, operand))
-                # The result of an asynchronous start holds its operands too.
-                out = instruction.num_bytes - (into if instruction.opcode.endswith("-start") else 0)
-                total = found[kind, _first_group(exchange.text)]
-                total[0] += times
-                total[1] += times * max(into, out)
+                if collective := self._collective(instruction, computation):
+                    total = found[collective.kind, collective.group]
+                    total[0] += times
+                    total[1] += times * collective.num_bytes
         collectives = [Collective(*key, int(count), int(num_bytes)) for key, (count, num_bytes) in found.items()]
         return sorted(collectives, key=lambda c: -c.num_bytes)
+
+    def _collective(self, instruction: Instruction, computation: Computation) -> Collective | None:
+        """One run of the collective that an operation is; None if it is none."""
+        kind, exchange = self._exchange(instruction)
+        if exchange is None:
+            return None
+        into = sum(s.num_bytes for operand in instruction.operands for s in _shapes_of(computation, operand))
+        # The result of an asynchronous start holds its operands too.
+        out = instruction.num_bytes - (into if instruction.opcode.endswith("-start") else 0)
+        return Collective(kind, _first_group(exchange.text), 1, max(into, out))
 
     def _exchange(self, instruction: Instruction) -> tuple[str, Instruction | None]:
         """The kind of collective that an operation is, and what names its groups; None if it is none."""

@@ -93,8 +93,8 @@ def assumptions(section: PlanSection, target: Target, plan: TrainingPlan) -> str
             f"{hardware.peak_flops / 1e12:.0f} TFLOP/s; memory at {hardware.memory_bandwidth / 1e12:.2f} TB/s; "
             f"links at {hardware.link_bandwidth / 1e9:.0f} GB/s in a host or slice and "
             f"{hardware.network_bandwidth / 1e9:.0f} GB/s a device between hosts, to the host's memory "
-            f"{hardware.host_bandwidth / 1e9:.0f} GB/s; collectives of the tensor axis exposed, the others and "
-            "moving to the host and back hidden behind arithmetic as far as it lasts.",
+            f"{hardware.host_bandwidth / 1e9:.0f} GB/s; collectives hidden behind what the "
+            "compiler put beside them, moving to the host and back behind arithmetic, as far as it lasts.",
             f"not counted: start, compilation ({len(plan.shapes)} programs)"
             + ("" if plan.storage else ", checkpoints, export (plan.storage_gigabytes_per_second)"),
         ]

@@ -72,7 +72,7 @@ def memory_traffic(program: Program) -> Traffic:
     for instruction, times in program.operations():
         if not _known(instruction):
             unknown[program.target(instruction) or instruction.opcode] += int(times)
-    num_bytes = program.sum(lambda instruction, computation: _traffic(program, instruction, computation))
+    num_bytes = program.sum(lambda instruction, computation: operation_traffic(program, instruction, computation))
     return Traffic(num_bytes, dict(unknown))
 
 
@@ -139,7 +139,8 @@ def _known(instruction: Instruction) -> bool:
     return is_done or opcode in _FREE | _WHOLE | _STARTS | others
 
 
-def _traffic(program: Program, instruction: Instruction, computation: Computation) -> float:
+def operation_traffic(program: Program, instruction: Instruction, computation: Computation) -> float:
+    """Bytes of one run of an operation, or of one that it starts; 0 where it runs others on their own account."""
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith("-done") or not _known(instruction):
         return 0.0
@@ -158,7 +159,7 @@ def _traffic(program: Program, instruction: Instruction, computation: Computatio
         return _fusion_traffic(program, instruction, computation)
     if opcode in BESIDE:
         inner = program.called_by(instruction) or {}
-        return sum(_traffic(program, inside, inner) for inside in inner.values())
+        return sum(operation_traffic(program, inside, inner) for inside in inner.values())
     return float(_all_operands(instruction, computation) + instruction.memory_bytes)
 
 

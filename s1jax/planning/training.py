@@ -236,20 +236,20 @@ class _Planner:
             collectives=program.collectives,
             kernels=program.kernels,
             score_arrays=sum(shape.dimensions.count(length) >= 2 for shape in program.shapes()),
-            estimate=estimate(program, self._target, self._mesh, efficiency=efficiency, kernel_flops=kernel_flops),
+            estimate=estimate(program, self._target, efficiency=efficiency, kernel_flops=kernel_flops),
             compile_seconds=seconds,
         )
 
-    def _kernel_flops(self, program: Program, shape: Shape, remat: Remat) -> float:
-        """Of one device; 0 where attention is not a kernel, and its products are among the others."""
-        masks = [whole for name, whole in _KERNELS.items() if any(name in kernel for kernel in program.kernels)]
-        if not masks:
-            return 0.0
-        squares = shape.rows * shape.length**2 if any(masks) else self._loader.squared_lengths[shape]
+    def _kernel_flops(self, program: Program, shape: Shape, remat: Remat) -> dict[str, float]:
+        """Of one device and one run of each kernel; none where attention's products are among the program's others."""
+        masks = {kernel: whole for kernel in program.kernels for name, whole in _KERNELS.items() if name in kernel}
+        squares = shape.rows * shape.length**2 if any(masks.values()) else self._loader.squared_lengths[shape]
         forward_passes = 1 if remat == "none" else 2
         # The model's attention is a forward pass and a backward pass of two.
         share = (forward_passes + _BACKWARD_UNITS) / 3
-        return share * attention_flops(self._model.config, squares) / self._mesh.size
+        flops = share * attention_flops(self._model.config, squares) / self._mesh.size
+        runs = sum(program.kernels[kernel] for kernel in masks)
+        return dict.fromkeys(masks, flops / runs if runs else 0.0)
 
     def _parameters(self, compiled: Any) -> dict[str, str]:
         (state, frozen, _), _ = compiled.input_shardings

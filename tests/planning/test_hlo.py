@@ -85,6 +85,44 @@ def test_groups_are_read_in_every_notation(groups: str, expected: tuple[int, ...
     assert (collective.group, collective.num_bytes) == (expected, 32)
 
 
+START = "%{0} = (f32[4]{{0}}, f32[8]{{0}}) all-gather-start(%a), replica_groups=[8,2]<=[16], dimensions={{0}}"
+DONE = "%{0}.done = f32[8]{{0}} all-gather-done(%{0})"
+ADD = "%add.{0} = f32[4]{{0}} add(%a, %a)"
+REDUCE = "%r{0} = f32[4]{{0}} all-reduce(%a), replica_groups=[8,2]<=[16], to_apply=%sum"
+SCHEDULES = {
+    "nothing beside it": ([START.format("x"), DONE.format("x"), ADD.format(0)], 10),
+    "less beside it": ([START.format("x"), ADD.format(0), DONE.format("x"), ADD.format(1)], 6),
+    "enough beside it": ([START.format("x"), *(ADD.format(i) for i in range(3)), DONE.format("x")], 0),
+    "in one piece": ([ADD.format(0), REDUCE.format(0), ADD.format(1)], 3),
+    "two, one after the other": (
+        [START.format("x"), START.format("y"), ADD.format(0), DONE.format("x"), ADD.format(1), DONE.format("y")],
+        6 + 6,
+    ),
+    "the first one's time is the second one's, too": (
+        [START.format("x"), ADD.format(0), REDUCE.format(0), ADD.format(1), DONE.format("x")],
+        6 + 3,
+    ),
+}
+
+
+@pytest.mark.parametrize(("schedule", "seconds"), SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("trips", [None, 7])
+def test_what_a_schedule_waits_for(schedule: list[str], seconds: int, trips: int | None) -> None:
+    """An addition takes 4 seconds, a gather 10, a sum over devices 3; the whole once, or as a loop's body."""
+    lines = ["HloModule m", "", "%body (a: f32[4]) -> f32[4] {", "  %a = f32[4]{0} parameter(0)"]
+    lines += [*(f"  {operation}" for operation in schedule), "  ROOT %b = f32[4]{0} bitcast(%a)", "}", ""]
+    how = "call(%a), to_apply=%body"
+    if trips:
+        how = f'while(%a), condition=%more, body=%body, backend_config={{"known_trip_count":{{"n":"{trips}"}}}}'
+    lines += ["ENTRY %main (a: f32[4]) -> f32[4] {", "  %a = f32[4]{0} parameter(0)", f"  ROOT %o = f32[4]{{0}} {how}"]
+    program = Program("\n".join([*lines, "}"]))
+    waited = program.waited(
+        lambda instruction, _: 4.0 * (instruction.opcode == "add"),
+        lambda collective: 3.0 if collective.kind == "all-reduce" else 10.0,
+    )
+    assert waited == seconds * (trips or 1)
+
+
 def test_text_without_a_program_is_refused() -> None:
     with pytest.raises(ValueError, match="no entry computation"):
         Program("HloModule nothing")
