@@ -88,7 +88,7 @@ def _fits(model: Qwen, sizes: MeshSizes, machine: Machine) -> bool:
 def _weight_bytes(model: Qwen, sizes: MeshSizes) -> int | None:
     """On each device; None where a dimension is not divided by the mesh."""
     try:
-        return device_bytes(model.abstract_params(AbstractMesh(tuple(sizes), MESH_AXES), stacked=False))
+        return device_bytes(model.abstract_params(AbstractMesh(tuple(sizes), MESH_AXES)))
     except MeshError:
         return None
 
