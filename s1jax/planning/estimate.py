@@ -2,13 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
-from typing import Any
 
-from jax.stages import Lowered
-
-from s1jax.compiling import NoRoomError, compile_within_memory
 from s1jax.device_memory import GPU_MEMORY_FRACTION
-from s1jax.planning.hardware import Hardware, PlanError, Target
+from s1jax.planning.hardware import Hardware, Target
 from s1jax.planning.hlo import Collective, Computation, Instruction, Program
 from s1jax.planning.traffic import host_traffic, launches, memory_traffic, operation_traffic
 
@@ -63,14 +59,6 @@ class Estimate:
 def usable_bytes(hardware: Hardware) -> int:
     """What a program may take of a device: on GPU some is left to the driver and to NCCL."""
     return int(hardware.memory_bytes * (GPU_MEMORY_FRACTION if hardware.platform == "cuda" else 1.0))
-
-
-def compile_for(target: Target, lowered: Lowered, what: str) -> Any:
-    """Compile `what`. Raises PlanError if the compiler finds no room for it on the target."""
-    try:
-        return compile_within_memory(lowered)
-    except NoRoomError as error:
-        raise PlanError(f"{what} do not fit {target}: {error}") from None
 
 
 def estimate(

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from s1jax.compiling import temporaries
 from s1jax.config import GenerateConfig
 from s1jax.decoding.budget import RowParams, RowState, Tables
 from s1jax.decoding.engine import STEPS_PER_CHUNK
@@ -27,10 +26,10 @@ from s1jax.model.placement import Machine, decoding_mesh_sizes
 from s1jax.model.qwen import Qwen
 from s1jax.paths import any_path, write_whole
 from s1jax.planning.cli import DOES_NOT_FIT
+from s1jax.planning.compiled import compile_for
 from s1jax.planning.estimate import (
     Estimate,
     Memory,
-    compile_for,
     estimate,
     latency,
     usable_bytes,
@@ -181,8 +180,8 @@ def plan_generation(config: GenerateConfig, target: Target, devices: Sequence[ja
             _abstract_rows(rows),
         )
         compiled = compile_for(target, lowered, f"{rows} rows x {slots}")
-    program = Program(compiled.as_text())
-    memory = Memory(device_bytes(params), 0, device_bytes(cache), temporaries(compiled, target.hardware.platform))
+    program = Program(compiled.text)
+    memory = Memory(device_bytes(params), 0, device_bytes(cache), compiled.temporaries)
     usable = usable_bytes(target.hardware)
     roofline = replace(
         estimate(program, target, efficiency=config.plan.efficiency), latency=latency(program, target)
@@ -203,7 +202,7 @@ def plan_generation(config: GenerateConfig, target: Target, devices: Sequence[ja
         bytes_per_step=traffic.num_bytes / STEPS_PER_CHUNK,
         least_bytes_per_step=memory.parameters - looked_up + memory.batch,
         unknown_operations=traffic.unknown,
-        xla_bytes=(compiled.cost_analysis() or {}).get("bytes accessed"),
+        xla_bytes=compiled.xla_bytes,
         launches=round(launches(program) / STEPS_PER_CHUNK),
         open_ends=program.open_ends,
         collectives=[

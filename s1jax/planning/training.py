@@ -1,11 +1,9 @@
 """Memory, time and arithmetic of a training run, from its compiled steps."""
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,6 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from jax.sharding import Mesh
 
-from s1jax.compiling import temporaries
 from s1jax.config import Remat
 from s1jax.data.examples import Example
 from s1jax.data.loader import StepLoader
@@ -26,7 +23,8 @@ from s1jax.model.flops import attention_flops, weight_flops
 from s1jax.model.lora import join
 from s1jax.model.qwen import Qwen
 from s1jax.paths import BucketPath, any_path
-from s1jax.planning.estimate import Estimate, Memory, compile_for, estimate, usable_bytes
+from s1jax.planning.compiled import compile_for
+from s1jax.planning.estimate import Estimate, Memory, estimate, usable_bytes
 from s1jax.planning.hardware import PlanError, Target
 from s1jax.planning.hlo import Collective, Program
 from s1jax.planning.lengths import example_lengths
@@ -61,7 +59,6 @@ class ShapePlan:
     score_arrays: int
     """Arrays of length x length in the program; none where attention is a kernel."""
     estimate: Estimate
-    compile_seconds: float
 
     @property
     def flop_ratio(self) -> float:
@@ -83,7 +80,7 @@ class TrainingPlan:
     padding_share: float
     usable_bytes: int
     parameters: dict[str, str]
-    """Of every parameter, how the compiled program has it spread: its shape, and that of one device's part."""
+    """Of every parameter, how it is spread: its shape, and that of one device's part."""
     shapes: list[ShapePlan]
     seconds: float
     """Of all steps, without start, compilation, checkpoints and export."""
@@ -159,7 +156,7 @@ def plan_run(
         steps=planner.total_steps,
         padding_share=loader.padding_share,
         usable_bytes=usable_bytes(target.hardware),
-        parameters=planner.parameters,
+        parameters=planner.parameters(),
         shapes=shapes,
         seconds=seconds,
         flop_ratio=sum(s.steps * s.dot_flops for s in shapes) / sum(s.steps * s.model_flops for s in shapes),
@@ -181,8 +178,6 @@ class _Planner:
         self.total_steps = min(len(loader), config.training.max_steps or len(loader))
         # Devices to compile for hold no array, not even optax's placeholders: all this is made without the mesh in use.
         self._state, self._frozen = abstract_state(model, config.optimizer, mesh), abstract_frozen(model, mesh)
-        self.parameters: dict[str, str] = {}
-        """As `TrainingPlan.parameters`, of the last program compiled."""
 
     def storage(self, seconds: float) -> Storage | None:
         """What the run writes, if it is known how fast."""
@@ -205,7 +200,6 @@ class _Planner:
 
     def plan_shape(self, shape: Shape, steps: int) -> ShapePlan:
         """Compile the step for rows of this shape. Raises PlanError if the compiler finds no room for it."""
-        started = time.perf_counter()
         rows, length = shape
         batch = self._loader.abstract_batch(shape, batch_sharding(self._mesh))
         model = for_rows(self._model, self._config.model, length)
@@ -214,9 +208,7 @@ class _Planner:
             compiled = compile_for(
                 self._target, step.lower(self._state, self._frozen, batch), f"{rows} rows x {length}"
             )
-        seconds = time.perf_counter() - started
-        self.parameters = self._parameters(compiled)
-        program, config = Program(compiled.as_text()), self._model.config
+        program, config = Program(compiled.text), self._model.config
         kernel_flops = self._kernel_flops(program, shape, model.remat)
         efficiency = self._config.plan.efficiency
         return ShapePlan(
@@ -228,8 +220,8 @@ class _Planner:
                 parameters=device_bytes([self._state.params, self._frozen]),
                 optimizer=device_bytes(self._state.optimizer),
                 batch=device_bytes(batch),
-                temporaries=temporaries(compiled, self._target.hardware.platform),
-                on_host=int(compiled.memory_analysis().host_temp_size_in_bytes),
+                temporaries=compiled.temporaries,
+                on_host=compiled.on_host,
             ),
             dot_flops=program.dot_flops,
             model_flops=weight_flops(config, model.lora, rows * length) / self._mesh.size,
@@ -237,7 +229,6 @@ class _Planner:
             kernels=program.kernels,
             score_arrays=sum(shape.dimensions.count(length) >= 2 for shape in program.shapes()),
             estimate=estimate(program, self._target, efficiency=efficiency, kernel_flops=kernel_flops),
-            compile_seconds=seconds,
         )
 
     def _kernel_flops(self, program: Program, shape: Shape, remat: Remat) -> dict[str, float]:
@@ -251,12 +242,12 @@ class _Planner:
         runs = sum(program.kernels[kernel] for kernel in masks)
         return dict.fromkeys(masks, flops / runs if runs else 0.0)
 
-    def _parameters(self, compiled: Any) -> dict[str, str]:
-        (state, frozen, _), _ = compiled.input_shardings
+    def parameters(self) -> dict[str, str]:
+        """As `TrainingPlan.parameters`."""
         leaves = jax.tree_util.tree_leaves_with_path(join(self._state.params, self._frozen))
         return {
-            jax.tree_util.keystr(
-                path, simple=True, separator="."
-            ): f"{leaf.shape} as {sharding.shard_shape(leaf.shape)}"
-            for (path, leaf), sharding in zip(leaves, jax.tree.leaves(join(state.params, frozen)), strict=True)
+            jax.tree_util.keystr(path, simple=True, separator="."): (
+                f"{leaf.shape} as {leaf.sharding.shard_shape(leaf.shape)}"
+            )
+            for path, leaf in leaves
         }
