@@ -14,9 +14,11 @@ _SIZES: dict[str, tuple[int, ...]] = {
     # Then the key/value heads.
     "qwen2 0.5B": (151_936, 896, 4_864, 24, 14, 2),
     "qwen2 1.5B": (151_936, 1_536, 8_960, 28, 12, 2),
+    "qwen2 3B": (151_936, 2_048, 11_008, 36, 16, 2),
     "qwen2 7B": (152_064, 3_584, 18_944, 28, 28, 4),
     "qwen2 14B": (152_064, 5_120, 13_824, 48, 40, 8),
     "qwen2 32B": (152_064, 5_120, 27_648, 64, 40, 8),
+    "qwen2 72B": (152_064, 8_192, 29_568, 80, 64, 8),
     "qwen3 0.6B": (151_936, 1_024, 3_072, 28, 16, 8),
     "qwen3 1.7B": (151_936, 2_048, 6_144, 28, 16, 8),
     "qwen3 4B": (151_936, 2_560, 9_728, 36, 32, 8),
@@ -26,9 +28,11 @@ _SIZES: dict[str, tuple[int, ...]] = {
 }
 _NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen/Qwen2.5-0.5B": ("qwen2 0.5B", {**_QWEN25, "tie_word_embeddings": True}),
-    "Qwen/Qwen2.5-0.5B-Instruct": ("qwen2 0.5B", {**_QWEN25, "tie_word_embeddings": True}),
-    "Qwen/Qwen2.5-7B-Instruct": ("qwen2 7B", _QWEN25),
-    "Qwen/Qwen2.5-32B-Instruct": ("qwen2 32B", _QWEN25),
+    **{
+        f"Qwen/Qwen2.5-{size}-Instruct": (f"qwen2 {size}", {**_QWEN25, "tie_word_embeddings": True})
+        for size in ("0.5B", "1.5B", "3B")
+    },
+    **{f"Qwen/Qwen2.5-{size}-Instruct": (f"qwen2 {size}", _QWEN25) for size in ("7B", "14B", "32B", "72B")},
     "simplescaling/s1-32B": ("qwen2 32B", _QWEN25),
     "simplescaling/s1.1-32B": ("qwen2 32B", _QWEN25),
     "Qwen/QwQ-32B": ("qwen2 32B", _QWQ),

@@ -189,7 +189,11 @@ def test_a_compiler_that_is_missing_is_named(target: str, install: str) -> None:
 
 PUBLISHED = {
     "Qwen/Qwen2.5-0.5B": 0.49,
+    "Qwen/Qwen2.5-1.5B-Instruct": 1.54,
+    "Qwen/Qwen2.5-3B-Instruct": 3.09,
     "Qwen/Qwen2.5-7B-Instruct": 7.6,
+    "Qwen/Qwen2.5-14B-Instruct": 14.8,
+    "Qwen/Qwen2.5-72B-Instruct": 72.7,
     "simplescaling/s1-32B": 32.8,
     "Qwen/QwQ-32B": 32.8,
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": 1.78,
