@@ -178,10 +178,12 @@ class _Run:
 
         async def settle() -> None:
             done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            ended = 0
             for task in done:
                 running.discard(task)
-                bar.update(task.result())
-            bar.set_postfix_str(f"{self._journal.cost:.4f} spent")
+                ended += task.result()
+            bar.set_postfix_str(f"{self._journal.cost:.4f} spent", refresh=False)
+            bar.update(ended)
 
         async with self._endpoint:
             try:

@@ -73,7 +73,11 @@ def _key(target: Target, lowered: Lowered) -> str:
         for distribution in importlib.metadata.distributions()
         if distribution.name.lower().startswith(("jax", "libtpu", "nvidia"))
     )
-    settings = sorted(item for item in os.environ.items() if item[0].startswith(("JAX_", "XLA_", "LIBTPU_", "TPU_")))
+    settings = sorted(
+        (name, value)
+        for name, value in os.environ.items()
+        if name.startswith(("JAX_", "XLA_", "LIBTPU_", "TPU_")) and not name.endswith(("_DIR", "_PATH"))
+    )
     # What `jax.jit` was told for the compiler is in no public place.
     lowering: Any = lowered._lowering
     options = lowering._compiler_options_kvs
