@@ -13,9 +13,12 @@ LINE_SECONDS = 60.0
 def progress(
     unit: str, total: int | None, *, initial: int = 0, name: str | None = None, shown: bool = True
 ) -> "tqdm[Any]":
-    """Progress on stderr to `total` units, None where nobody knows; a context, moved on by its `update`."""
+    """Progress on stderr to `total` units, None where nobody knows; a context, moved on by its `update`.
+
+    `update(0)` says that the command is still at work, which shows when nothing is finished for long.
+    """
     desc = name and f"{name}: "
-    show = partial(tqdm, desc=desc, unit=unit, total=total, initial=initial, disable=not shown)
+    show = partial(tqdm, desc=desc, unit=unit, total=total, initial=initial, disable=not shown, miniters=0)
     if sys.stderr.isatty():
         return show(dynamic_ncols=True)
     so_far = "{n_fmt} [{elapsed}" if total is None else "{n_fmt} of {total_fmt} [{elapsed}<{remaining}"

@@ -25,6 +25,18 @@ def test_a_log_has_a_line_now_and_then(
         assert any(re.fullmatch(pattern, line) for line in lines), (pattern, lines)
 
 
+def test_a_log_has_a_line_while_nothing_is_finished(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "LINE_SECONDS", 0.2)
+    with progress("answer", 8) as bar:
+        for finished in (0, 3, 0, 0):
+            time.sleep(0.3)
+            bar.update(finished)
+    lines = re.findall(r"\d+ of 8(?= \[)", capsys.readouterr().err)
+    assert lines[:4] == ["0 of 8", "3 of 8", "3 of 8", "3 of 8"]
+
+
 def test_what_another_process_shows_or_is_done_soon_has_no_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -90,7 +90,7 @@ def _compute(
             if isinstance(event, Finished):
                 row = {"id": questions[event.request.index]["id"], "status": "done", "reason": None}
                 writer.append([{**row, "text": event.generation.answer.strip()}])
-                bar.update()
+            bar.update(isinstance(event, Finished))
     merge_parts(results, key=lambda row: row["id"])
     num_failed = sum(ended == "failed" for ended in status.values()) + len(failed)
     return {"done": len(questions) - num_failed, "failed": num_failed, "unasked": 0}

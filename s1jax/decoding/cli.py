@@ -83,7 +83,7 @@ def generate(config: GenerateConfig) -> None:
                 for event in engine.run(missing):
                     if isinstance(event, Finished):
                         output.append([_line(event, prompts[event.request.index], config.sampling.num_samples)])
-                        bar.update()
+                    bar.update(isinstance(event, Finished))
         with output.merged(lambda rows: len(requests) - len(set(map(key, rows))), key, order=key):
             pass
 

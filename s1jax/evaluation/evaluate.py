@@ -139,7 +139,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
                             if graded:
                                 graded.add(line)
                             bar.set_postfix_str(f"decoded {decoded:,} of {held:,} tokens", refresh=False)
-                            bar.update()
+                        bar.update(isinstance(event, Finished))
         place = {(question.task, run.name, question.id): n for n, (run, (_, question)) in enumerate(asked)}
         with output.merged(
             lambda rows: len(jobs({_key(row): row for row in rows})),
