@@ -10,7 +10,6 @@ import json
 import os
 import zlib
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from jax.stages import Lowered
@@ -40,7 +39,7 @@ def compile_for(target: Target, lowered: Lowered, what: str) -> CompiledProgram:
 
     Raises PlanError if the compiler finds no room for it.
     """
-    path = _directory() / f"{_key(target, lowered)}.json.zlib"
+    path = user_cache().with_name("planned") / f"{_key(target, lowered)}.json.zlib"
     # Of another version, or damaged, or not there.
     with contextlib.suppress(OSError, ValueError, TypeError, zlib.error):
         return CompiledProgram(**json.loads(zlib.decompress(path.read_bytes())))
@@ -60,10 +59,6 @@ def compile_for(target: Target, lowered: Lowered, what: str) -> CompiledProgram:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, zlib.compress(json.dumps(asdict(program)).encode()))
     return program
-
-
-def _directory() -> Path:
-    return user_cache().with_name("planned")
 
 
 def _key(target: Target, lowered: Lowered) -> str:

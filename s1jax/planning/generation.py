@@ -27,13 +27,7 @@ from s1jax.model.qwen import Qwen
 from s1jax.paths import any_path, write_whole
 from s1jax.planning.cli import DOES_NOT_FIT
 from s1jax.planning.compiled import compile_for
-from s1jax.planning.estimate import (
-    Estimate,
-    Memory,
-    estimate,
-    latency,
-    usable_bytes,
-)
+from s1jax.planning.estimate import Estimate, Memory, estimate, latency, usable_bytes
 from s1jax.planning.hardware import PlanError, Target, parse_target
 from s1jax.planning.hlo import Collective, Program
 from s1jax.planning.traffic import launches, memory_traffic
