@@ -72,14 +72,7 @@ def benchmark(config: BenchmarkConfig) -> None:
     output = any_path(config.benchmark.output) if config.benchmark.output else None
     if hosts.copies and output:
         with SharedOutput(output.with_name(output.name + ".hosts"), hosts) as shared:
-            if reports := _of_all(config, hosts, shared):
-                sums = {key: _sums(reports, key, rates) for key, rates in _RATES.items()}
-                for row in (*sums["results"], *sums["workloads"]):
-                    print("all hosts: " + ", ".join(f"{name} {value:.1f}" for name, value in row.items()))
-                write_whole(output, json.dumps({**sums, "hosts": reports}, indent=2) + "\n")
-                for process, report in enumerate(reports):
-                    _draw(report, output.with_name(f"{Path(output.name).stem}.{process}.png"))
-                shared.path.unlink()
+            _measure_copy(config, hosts, shared, output)
         return
     report = _measured(config)
     if hosts.writes:
@@ -95,8 +88,8 @@ def _draw(report: Row, path: AnyPath) -> None:
         write_whole(path, picture(report["workloads"]))
 
 
-def _of_all(config: BenchmarkConfig, hosts: Hosts, shared: SharedOutput) -> list[Row] | None:
-    """The reports of all processes, once this one's is written; None while others are missing."""
+def _measure_copy(config: BenchmarkConfig, hosts: Hosts, shared: SharedOutput, output: AnyPath) -> None:
+    """Measure this process's copy; the last of all processes writes the output."""
     settings = to_dict(config)
     del settings["mesh"], settings["benchmark"]["output"]
 
@@ -111,7 +104,19 @@ def _of_all(config: BenchmarkConfig, hosts: Hosts, shared: SharedOutput) -> list
         print(_table(report))
         shared.append([{**mine, "report": report}])
     with shared.merged(lambda written: len(set(wanted) - set(map(key, written))), key, order=key) as last:
-        return [row["report"] for row in shared.rows() if key(row) in wanted] if last else None
+        if last:
+            _write_all([row["report"] for row in shared.rows() if key(row) in wanted], output)
+            shared.path.unlink()
+
+
+def _write_all(reports: list[Row], output: AnyPath) -> None:
+    """The report of all processes together."""
+    sums = {key: _sums(reports, key, rates) for key, rates in _RATES.items()}
+    for row in (*sums["results"], *sums["workloads"]):
+        print("all hosts: " + ", ".join(f"{name} {value:.1f}" for name, value in row.items()))
+    write_whole(output, json.dumps({**sums, "hosts": reports}, indent=2) + "\n")
+    for process, report in enumerate(reports):
+        _draw(report, output.with_name(f"{Path(output.name).stem}.{process}.png"))
 
 
 def _sums(reports: list[Row], key: str, rates: tuple[str, ...]) -> list[Row]:

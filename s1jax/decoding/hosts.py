@@ -12,6 +12,7 @@ import os
 import secrets
 import sys
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ BEAT_SECONDS = 10.0
 GONE_BEATS = 6
 """A process that gives no sign of life for so long is gone, and the others end."""
 _FINISHED = b"finished"
+_MERGE_POLL_SECONDS = 0.5
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -148,31 +150,44 @@ class SharedOutput:
     ) -> Iterator[bool]:
         """Once this process is through: make one file of all parts, sorted by `order`, if no rows are `missing`.
 
-        Gives whether this process did it, for what is to be made of all rows. It is False in every process but one of
-        those that write at the same time, and where others will do it, being still at work.
+        Gives whether this process did it, for what is to be made of all rows inside the context. It is True in one of
+        the processes that write at the same time, or in the next one where that one fails; and False where others will
+        do it, being still at work.
         """
         if self._writer:
             self._writer.close()
         self._beats.finish()
-        left = missing(self.rows()) if self._hosts.copies else 0
-        if left:
-            who = f"process {self._hosts.processes.index} of {self._hosts.processes.count}"
-            print(f"{self.path}: {who} is through; {left} of the others' are missing", file=sys.stderr, flush=True)
-        if left or not self._hosts.writes:
+        if not self._hosts.writes:
             yield False
             return
-        with contextlib.ExitStack() as merging:
-            if self._hosts.copies:
+        with self._alone():
+            to_do = not self._hosts.copies or self._beats.kept()
+            left = missing(self.rows()) if self._hosts.copies and to_do else 0
+            if left:
+                who = f"process {self._hosts.processes.index} of {self._hosts.processes.count}"
+                print(f"{self.path}: {who} is through; {left} of the others' are missing", file=sys.stderr, flush=True)
+            elif to_do:
+                self._lock.check()
+                merge_parts(self.path, key, order)
+            yield to_do and not left
+            if not left:
+                self._beats.clear()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While no other copy's process merges; waits until it is so."""
+        if not self._hosts.copies:
+            yield
+            return
+        path = self.path.with_name(f".{self.path.name}.merge.lock")
+        with contextlib.ExitStack() as held:
+            while True:
                 try:
-                    merging.enter_context(exclusive(self.path.with_name(f".{self.path.name}.merge.lock"), self.path))
+                    held.enter_context(exclusive(path, self.path))
+                    break
                 except InUseError:
-                    self._beats.clear()
-                    yield False
-                    return
-            self._lock.check()
-            merge_parts(self.path, key, order)
-            self._beats.clear()
-            yield True
+                    time.sleep(_MERGE_POLL_SECONDS)
+            yield
 
 
 class _Beats:
@@ -182,10 +197,13 @@ class _Beats:
         self._directory, self._processes = directory, processes
         self._name = secrets.token_hex(4)
         """So that no sign is like one that an earlier run left."""
+        self._came = directory / f"{processes.index}.came"
+        """Written once, so that it is gone when all rows were merged after that."""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="signs of life", daemon=True)
 
     def __enter__(self) -> "_Beats":
+        write_whole(self._came, self._name)
         self._beat(0)
         self._thread.start()
         return self
@@ -201,8 +219,12 @@ class _Beats:
             with contextlib.suppress(OSError):  # Of processes that are all through, another may clear at this moment.
                 write_whole(self._directory / str(self._processes.index), _FINISHED)
 
+    def kept(self) -> bool:
+        """Whether nobody has cleared since this process came."""
+        return self._came.exists()
+
     def clear(self) -> None:
-        """All rows are written. Each that finds it so clears after its own last sign, so that none is left."""
+        """All rows are merged. Each that finds it so clears after its own last sign, so that none is left."""
         remove_tree(self._directory)
 
     def _beat(self, count: int) -> None:

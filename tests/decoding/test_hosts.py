@@ -5,7 +5,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 
 from s1jax.decoding import hosts
 from s1jax.paths import BucketPath
+from s1jax.processes import Processes
 from tests.decoding.conftest import CONFIG, ROOT, environment
 from tests.processes import finish, start_hosts, wait_until
 
@@ -216,6 +219,36 @@ def test_copies_come_together_in_a_bucket(
     finish(start_hosts(generating(directory, prompts, output), 2, copies=True))
     assert [json.loads(line) for line in output.read_text().splitlines()] == generated[2]
     assert not list((bucket / "out.jsonl.parts").iterdir())
+
+
+@pytest.mark.parametrize("where", ["disk", "bucket"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_of_processes_that_end_together_one_makes_the_whole(
+    where: str, fails: bool, tmp_path: Path, bucket: BucketPath
+) -> None:
+    count = 4
+    output = (bucket if where == "bucket" else tmp_path) / f"{fails}.jsonl"
+    written, made = threading.Barrier(count), []
+
+    def process(index: int) -> bool:
+        """A process's way, as the commands go it; whether it was the one."""
+        with hosts.SharedOutput(output, hosts.Hosts(Processes(index, count), copies=True)) as shared:
+            shared.append([{"id": index}])
+            written.wait()
+            time.sleep(index // 2)  # Two at the same time, and two when these are through.
+            with shared.merged(lambda rows: count - len(rows), key=lambda row: row["id"]) as last:
+                if last:
+                    made.append([row["id"] for row in shared.rows()])
+                    if fails and len(made) == 1:
+                        raise OSError
+                return last
+
+    with ThreadPoolExecutor(count) as pool:
+        ends = [pool.submit(process, index) for index in range(count)]
+    assert sum(end.exception() is None and end.result() for end in ends) == 1
+    assert sum(isinstance(end.exception(), OSError) for end in ends) == fails
+    assert [sorted(ids) for ids in made] == [list(range(count))] * (1 + fails)
+    assert all(path.name.endswith(".lock") for path in output.parent.iterdir() if path.name != output.name)
 
 
 @pytest.mark.parametrize(
