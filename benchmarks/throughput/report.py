@@ -80,8 +80,12 @@ def _versions(comparisons: list[Comparison]) -> list[str]:
 def _machine() -> str:
     linux = Path("/proc/cpuinfo")
     lines = linux.read_text(encoding="utf-8").splitlines() if linux.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{model or platform.processor()}, {platform.system()}, Python {platform.python_version()}"
+    known = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    model = known.get("model name") or platform.processor()
+    # Virtual machines may name several generations alike.
+    if "cpu family" in known:
+        model += f" (family {known['cpu family']}, model {known['model']})"
+    return f"{model}, {platform.system()}, Python {platform.python_version()}"
 
 
 def _plot(comparisons: list[Comparison], path: Path) -> None:
