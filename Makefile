@@ -50,7 +50,7 @@ typecheck: install
 	$(VENV)/bin/mypy
 
 test: install
-	$(RUN) -m pytest -n 4 --dist loadscope --durations=30
+	$(RUN) -m pytest -n 4 --dist loadscope --durations=10 -p tests.processor_time
 
 # They are made for Linux on x86-64 only; elsewhere the tests of plans are skipped.
 ifeq ($(shell uname -sm),Linux x86_64)
