@@ -1,7 +1,7 @@
 """Models for curation in miniature: python benchmarks/small_models.py GSM8K.jsonl OUTPUT [ROWS [EPOCHS [NAME ...]]]
 
 A teacher and two students of about 100,000 parameters each, trained from scratch by train.py on the first rows (500,
-three times over, unless numbers are given) as s1 rows, in OUTPUT/NAME/run/model: teacher on all of them, student-a on
+twelve times over, unless numbers are given) as s1 rows, in OUTPUT/NAME/run/model: teacher on all of them, student-a on
 the first half, student-b on the first quarter. They learn the format, not arithmetic.
 """
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 SHARES = {"teacher": 1, "student-a": 2, "student-b": 4}
 
 
-def main(source: str, output: str, rows: str = "500", epochs: str = "3", *names: str) -> None:
+def main(source: str, output: str, rows: str = "500", epochs: str = "12", *names: str) -> None:
     for name in names or SHARES:
         directory = Path(output) / name
         directory.mkdir(parents=True, exist_ok=True)
