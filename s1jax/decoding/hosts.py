@@ -160,8 +160,7 @@ class SharedOutput:
         if not self._hosts.writes:
             yield False
             return
-        with self._alone():
-            to_do = not self._hosts.copies or self._beats.kept()
+        with self._alone() as to_do:
             left = missing(self.rows()) if self._hosts.copies and to_do else 0
             if left:
                 who = f"process {self._hosts.processes.index} of {self._hosts.processes.count}"
@@ -174,10 +173,10 @@ class SharedOutput:
                 self._beats.clear()
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """While no other copy's process merges; waits until it is so."""
+    def _alone(self) -> Iterator[bool]:
+        """While no other process merges, which is waited for; gives whether none has done it since this one came."""
         if not self._hosts.copies:
-            yield
+            yield True
             return
         path = self.path.with_name(f".{self.path.name}.merge.lock")
         with contextlib.ExitStack() as held:
@@ -187,7 +186,7 @@ class SharedOutput:
                     break
                 except InUseError:
                     time.sleep(_MERGE_POLL_SECONDS)
-            yield
+            yield self._beats.kept()
 
 
 class _Beats:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from s1jax.decoding import hosts
-from s1jax.paths import BucketPath
+from s1jax.paths import AnyPath, BucketPath
 from s1jax.processes import Processes
 from tests.decoding.conftest import CONFIG, ROOT, environment
 from tests.processes import finish, start_hosts, wait_until
@@ -128,9 +128,9 @@ def test_score_is_what_one_process_gives_in_the_order_of_the_input(
     assert left_over(output) == []
 
 
+@COUNTS
 @WAYS
-def test_benchmark_has_one_report(copies: bool, tmp_path: Path) -> None:
-    count = 2
+def test_benchmark_has_one_report(copies: bool, count: int, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     output = tmp_path / "speed.json"
     words = ["benchmark.batch_sizes=4", "benchmark.prompt_length=16", "benchmark.new_tokens=32"]
@@ -221,13 +221,10 @@ def test_copies_come_together_in_a_bucket(
     assert not list((bucket / "out.jsonl.parts").iterdir())
 
 
-@pytest.mark.parametrize("where", ["disk", "bucket"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_of_processes_that_end_together_one_makes_the_whole(
-    where: str, fails: bool, tmp_path: Path, bucket: BucketPath
-) -> None:
+def test_of_processes_that_end_together_one_makes_the_whole(fails: bool, root: AnyPath) -> None:
     count = 4
-    output = (bucket if where == "bucket" else tmp_path) / f"{fails}.jsonl"
+    output = root / "out.jsonl"
     written, made = threading.Barrier(count), []
 
     def process(index: int) -> bool:
@@ -248,7 +245,7 @@ def test_of_processes_that_end_together_one_makes_the_whole(
     assert sum(end.exception() is None and end.result() for end in ends) == 1
     assert sum(isinstance(end.exception(), OSError) for end in ends) == fails
     assert [sorted(ids) for ids in made] == [list(range(count))] * (1 + fails)
-    assert all(path.name.endswith(".lock") for path in output.parent.iterdir() if path.name != output.name)
+    assert all(path.name.endswith(".lock") for path in root.iterdir() if path.name != output.name)
 
 
 @pytest.mark.parametrize(
