@@ -212,5 +212,5 @@ def _check_length(mask: Bool[np.ndarray, " length"], block_size: int, overlong: 
     if overlong == "error" and mask.size > block_size:
         return f"{mask.size} tokens are over block_size={block_size} (overlong: truncate or drop accepts that)"
     if overlong == "truncate" and not mask[:block_size].any():
-        return f"nothing to train on within block_size={block_size}: the prompt takes {mask.argmax()} tokens"
+        return f"nothing to train on within block_size={block_size}: the prompt takes {np.argmax(mask)} tokens"
     return None

@@ -96,7 +96,7 @@ def column_counts(rows: int, *, fewer: bool) -> list[int]:
 def columns(at_work: Sequence[int], batch: int, shards: int, counts: Sequence[int]) -> list[int]:
     """The rows to compute: of each shard those at work and others, up to the least of the counts that is enough."""
     free = ~np.isin(np.arange(batch), at_work).reshape(shards, -1)
-    size = min(count for count in counts if count >= (~free).sum(axis=1).max())
+    size = min(count for count in counts if count >= np.max(np.sum(~free, axis=1)))
     first = np.arange(batch).reshape(free.shape)
     return np.take_along_axis(first, np.argsort(free, axis=1, kind="stable"), axis=1)[:, :size].ravel().tolist()
 

@@ -139,7 +139,7 @@ def _requests(section: BenchmarkSection, vocab_size: int) -> tuple[list[Request]
         Request(PreparedPrompt(tuple(prompt.tolist()), 0, False), budget, index)
         for index, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True))
     ]
-    return requests, (gaps.cumsum() - gaps[0]).tolist()
+    return requests, (np.cumsum(gaps) - gaps[0]).tolist()
 
 
 def lengths_of(text: str) -> tuple[int, int]:

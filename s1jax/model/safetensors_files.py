@@ -16,8 +16,8 @@ import numpy as np
 from s1jax.paths import AnyPath, BucketPath, file_size, read_range
 from s1jax.strict_json import parse_json
 
-FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
-DTYPES = {**FLOATS, "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
+FLOATS: dict[str, np.dtype] = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+DTYPES: dict[str, np.dtype] = {**FLOATS, "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
 """Of the tensors that are read and written here, by the names that safetensors has for them."""
 _HEADER_BYTES = 2**17
 """What is read of a file at first: most headers are shorter."""
