@@ -233,7 +233,7 @@ ffi::Error survey(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> scores, ffi::Buf
       nothing += v - v;
       top = (lane < size) & (v > top) ? v : top;
       for (int set = 0; set < kSets; set++) {
-        const Integers in_set = __builtin_convertvector(read<Signed>(of_set + set * size + i, size - i), Integers) != 0;
+        const Integers in_set = load(of_set + set * size + i, size - i) != 0;
         const Integers better = in_set & (v > best[set]);
         best[set] = better ? v : best[set];
         at[set] = better ? lane : at[set];
